@@ -1,0 +1,1 @@
+"""Trains, evaluates and documents models: installed as `vanilla_transformer.training`."""

@@ -1,0 +1,49 @@
+"""Scores of translations: BLEU, chrF, TER (sacrebleu, Post 2018) and exact match, as one `evaluate.Metric`.
+
+It needs no download: `evaluate.load("sacrebleu")` fetches a script from the Hub, this does not.
+"""
+
+import datasets
+import evaluate
+import sacrebleu
+
+
+DESCRIPTION = "Corpus-level BLEU, chrF and TER by sacrebleu, and the share of predictions equal to their reference."
+CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018."
+INPUTS = """
+Args:
+    predictions: translations, one string each.
+    references: one reference string for each prediction.
+    tokenize: sacrebleu's tokenizer for BLEU, "13a" by default, "none" for text that is tokenised already.
+
+Returns:
+    bleu, chrf, ter and exact_match, all from 0 to 100 (TER may exceed it, and is the only one where less is better),
+    and the sacrebleu signatures of the first three.
+"""
+
+
+class TranslationMetrics(evaluate.Metric):
+    """`TranslationMetrics().compute(predictions=[...], references=[...])` gives all scores at once."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str], tokenize: str = "13a") -> dict[str, float | str]:
+        scores: dict[str, float | str] = {}
+        metrics = {
+            "bleu": sacrebleu.BLEU(tokenize=tokenize),
+            "chrf": sacrebleu.CHRF(),
+            "ter": sacrebleu.TER(),
+        }
+        for name, metric in metrics.items():
+            scores[name] = metric.corpus_score(predictions, [references]).score
+            scores[f"{name}_signature"] = str(metric.get_signature())
+        equal = sum(prediction == reference for prediction, reference in zip(predictions, references, strict=True))
+        scores["exact_match"] = 100 * equal / len(references)
+        return scores

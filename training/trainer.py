@@ -1,0 +1,80 @@
+"""transformers' `Seq2SeqTrainer` with an evaluation that reports the true negative log-likelihood."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, EvalPrediction, Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from .arguments import TrainingArguments
+from .metrics import TranslationMetrics
+
+
+class TranslationTrainer(Seq2SeqTrainer):
+    """
+    Trains as `Seq2SeqTrainer` does. Its evaluation loss is nats per target token over the whole set, where the stock
+    loop averages over sentences the means of their batches, and its perplexity is reported beside it.
+    """
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None, **gen_kwargs
+    ):
+        """Adds up the batch's negative log-likelihood and its target tokens."""
+        loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        count = inputs["labels"].ne(-100).sum()
+        self._nll_and_count += torch.stack([loss.double() * count, count.double()])
+        return loss, tokens, labels
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The stock loop, with the loss of the whole set in place of its own average."""
+        self._nll_and_count = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output: EvalLoopOutput = super().evaluation_loop(
+            dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        nll, count = self.accelerator.reduce(self._nll_and_count, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nll / count
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(nll / count)
+        return output
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """The best checkpoint stores shared tensors once: their other names are not missing."""
+        tied = self.model.all_tied_weights_keys
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+
+class Clock(TrainerCallback):
+    """Adds the minutes of training so far to what is logged, so that curves can be drawn over time."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Starts the clock."""
+        self.started = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Stamps the entry."""
+        if state.log_history:
+            state.log_history[-1]["minutes"] = round((time.monotonic() - self.started) / 60, 3)
+
+
+def score_translations(tokenizer, bleu_tokenize: str):
+    """The `compute_metrics` of a Trainer: decodes generated and true ids, and scores the text."""
+    metrics = TranslationMetrics()
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        texts = [
+            tokenizer.batch_decode(ids.clip(min=0), skip_special_tokens=True)  # -100, the padding, becomes pad
+            for ids in (prediction.predictions, prediction.label_ids)
+        ]
+        scores = metrics.compute(predictions=texts[0], references=texts[1], tokenize=bleu_tokenize)
+        return {name: value for name, value in scores.items() if not isinstance(value, str)}
+
+    return compute_metrics
+
+
+def callbacks(args: TrainingArguments) -> list[TrainerCallback]:
+    """The callbacks that the arguments ask for."""
+    patience = args.early_stopping_patience
+    return [Clock()] + ([EarlyStoppingCallback(patience)] if patience is not None else [])

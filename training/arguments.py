@@ -2,20 +2,30 @@
 
 import dataclasses
 import difflib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# What can choose the best checkpoint, and whether more of it is better.
+BEST_METRICS = {"bleu": True, "chrf": True, "ter": False, "exact_match": True, "loss": False, "perplexity": False}
 
-class RecipeError(ValueError):
-    """A recipe or a command line that cannot be followed. The message says what was found and what would be right."""
+
+class UserError(ValueError):
+    """What the user of a program got wrong. The message says what was found and what would be right."""
+
+
+class RecipeError(UserError):
+    """A recipe or a command line that cannot be followed."""
 
 
 @dataclass
@@ -81,7 +91,7 @@ class DataArguments:
     """
     The parallel text: `dataset`, or files. Paths may hold environment variables ($NAME).
 
-    Files are given per split: one file that `datasets` reads (.jsonl, .json, .csv, .tsv, .parquet), or two parallel
+    Files are given per split: one data file (.jsonl, .json, .csv or .tsv, plain or .gz, or .parquet), or two parallel
     text files, source then target (plain or .gz).
     """
 
@@ -109,6 +119,12 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "likewise for validation and test"})
     phrasebook_size: int = field(default=50_000, metadata={"help": "training phrases of the phrasebook"})
 
+    def __post_init__(self):
+        # A recipe may name one file without the brackets of a list.
+        for name in ("train_file", "validation_file", "test_file"):
+            if isinstance(files := getattr(self, name), str):
+                setattr(self, name, [files])
+
 
 @dataclass
 class DecodingArguments:
@@ -135,7 +151,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     warmup_steps: float = field(default=4000, metadata={"help": "updates of linear warm-up"})
     adam_beta2: float = field(default=0.98, metadata={"help": "Adam's beta 2"})
     adam_epsilon: float = field(default=1e-9, metadata={"help": "Adam's epsilon"})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm (0: the paper clips none)"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm (0: never)"})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "batches of rows of similar length waste little padding"}
     )
@@ -149,7 +165,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a better score"}
     )
-    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "where curves are logged"})
+    # HfArgumentParser needs None first.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="tensorboard", metadata={"help": "where curves are logged"}
+    )
 
     def __post_init__(self):
         if self.label_smoothing_factor:
@@ -157,6 +176,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} is the Trainer's slow smoothing, outside the "
                 "model: set label_smoothing instead"
             )
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in BEST_METRICS:
+            raise RecipeError(f"metric_for_best_model={metric!r} is unknown: choose one of {', '.join(BEST_METRICS)}")
+        if self.greater_is_better is None:
+            self.greater_is_better = BEST_METRICS[metric]
         # transformers asks to be told that there is no accelerator: else it refuses bf16, and warns of pinned memory.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
@@ -172,6 +196,15 @@ class Recipe(NamedTuple):
     decoding: DecodingArguments
     training: TrainingArguments
     given: dict[str, Any]
+
+
+def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Runs a program; what its user got wrong ends it with one line and exit status 2, not with a traceback."""
+    try:
+        main(argv)
+    except (UserError, StrictDataclassError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def parse_recipe(argv: list[str]) -> Recipe:
@@ -196,10 +229,12 @@ def parse_recipe(argv: list[str]) -> Recipe:
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != defaults[name]}
     given.pop("variant", None)
     try:
-        *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        model, tokenizer, data, decoding, training, _ = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False
+        )
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    return Recipe(*parsed, given)
+    return Recipe(model, tokenizer, data, decoding, training, given)
 
 
 def read_recipe(name: str, variant: str | None, fields: set[str]) -> dict[str, Any]:

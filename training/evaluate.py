@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -19,9 +20,10 @@ from transformers import (
 
 import vanilla_transformer  # noqa: F401  (registers the Auto classes)
 
-from .arguments import DataArguments, RecipeError
+from .arguments import DataArguments, UserError, run_program
 from .data import DataError, load_pairs
 from .metrics import TranslationMetrics
+from .report import write_beside
 
 
 @dataclass
@@ -43,10 +45,18 @@ class EvaluationArguments:
 
 
 def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A saved model, ready to translate on the GPU if there is one, and its tokenizer."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    """
+    A saved model, ready to translate on the GPU if there is one, and its tokenizer.
+
+    Raises:
+        UserError: there is no model of that name, or its files are damaged.
+    """
+    try:
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the model {folder!r}: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def translate(
@@ -128,21 +138,8 @@ def main(argv: list[str]) -> None:
     print(f"{options.model} on {len(pairs)} pairs of the {arguments.split} split")
     print(format_scores(scores))
     if arguments.output_file:
-        from .report import write_beside
-
         write_beside(arguments.output_file, json.dumps(scores, indent=2) + "\n")
 
 
-def run(main, argv: list[str]) -> None:
-    """Runs a program; what its user got wrong ends it with one line and exit status 2, not with a traceback."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        main(argv)
-    except (DataError, RecipeError, StrictDataclassError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -21,9 +21,9 @@ from vanilla_transformer import (
     train_tokenizer,
 )
 
-from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe
+from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe, run_program
 from .data import DataError, language_pair, load_pairs, tokenize_pairs, training_texts
-from .evaluate import format_scores, run, score_texts, translate
+from .evaluate import format_scores, score_texts, translate
 from .report import draw_loss_curve, machine, model_card, write_beside
 from .trainer import TranslationTrainer, callbacks, score_translations
 
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> None:
 
     # 3. the network
     model = build_model(recipe, tokenizer)
-    logger.info("%d parameters, %d subwords, %d training pairs", model.num_parameters(), len(tokenizer), len(rows["train"]))
+    logger.info(
+        "%d parameters, %d subwords, %d training pairs", model.num_parameters(), len(tokenizer), len(rows["train"])
+    )
 
     # 4. training
     trainer = build_trainer(recipe, model, tokenizer, rows)
@@ -199,4 +201,4 @@ def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    run_program(main, sys.argv[1:])

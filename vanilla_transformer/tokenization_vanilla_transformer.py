@@ -6,6 +6,7 @@ values, so every text can be written and none is ever unknown. The work is done 
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -53,7 +54,7 @@ def train_tokenizer(
         # A word is the same subwords at the start of a sentence as inside it: each begins with its space.
         tokenizer.normalizer = normalizers.Prepend(" ")
     trainer_class = trainers.BpeTrainer if model == "bpe" else trainers.UnigramTrainer
-    options = {"unk_token": SPECIAL_TOKENS["unk_token"]} if model == "unigram" else {}
+    options: dict[str, Any] = {"unk_token": SPECIAL_TOKENS["unk_token"]} if model == "unigram" else {}
     trainer = trainer_class(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS.values()),
@@ -90,20 +91,20 @@ def _settled(tokenizer: Tokenizer) -> models.Unigram:
     """
     The unigram model with ids and scores that depend on the text alone.
 
-    The trainer takes bytes that it met hardly or never in the random order of a hash map, scores them a step of 0.0001
-    apart upwards from the lowest score, and hands out ids by score. Here they share the lowest score.
+    The trainer takes bytes that it hardly met in the random order of a hash map, and scores them 0.0001 apart, upwards
+    from the lowest score: here they share that. Other scores differ in the last bits, as threads add them up: here they
+    are rounded. A special token scores so low that, written in a text, its bytes are preferred to it.
     """
-    special, learned = [], []
-    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
-    lowest = min(score for _, score in pieces)
-    for piece, score in pieces:
-        if piece in SPECIAL_TOKENS.values():
-            special.append((piece, score))
-        else:
-            unseen = len(piece) == 1 and score < lowest + 0.0001 * (len(BYTES) + 1)
-            learned.append((piece, lowest if unseen else score))
-    learned.sort(key=lambda scored: (-scored[1], scored[0]))
-    return models.Unigram(special + learned, unk_id=len(special) - 1)
+    scores = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
+    special = list(SPECIAL_TOKENS.values())
+    for token in special:
+        del scores[token]
+    lowest = min(scores.values())
+    hardly_met = lowest + 0.0001 * (len(BYTES) + 1)
+    for piece, score in scores.items():
+        scores[piece] = round(lowest if len(piece) == 1 and score < hardly_met else score, 6)
+    learned = sorted(scores.items(), key=lambda scored: (-scored[1], scored[0]))
+    return models.Unigram([(token, round(100 * lowest)) for token in special] + learned, unk_id=len(special) - 1)
 
 
 def _counted(texts: Iterable[str]) -> Iterable[str]:

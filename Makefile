@@ -1,0 +1,36 @@
+# Everything a newcomer types. Needs Python 3.11 or newer and nothing else: the rest goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint conformance clean
+
+# A Transformer learns the phrasebook, is saved, comes back in a new process, and translates.
+quickstart: .venv/installed
+	rm -rf runs/quickstart
+	$(BIN)/python -m vanilla_transformer.training.train quickstart.yaml
+	@echo; echo "Reloaded from runs/quickstart in a new process:"
+	@printf '%s\n' 'Friday, March 13, 2026' '3 days ago' '1,234.50 euros' 'Norway, Peru, and Japan' \
+		| tee /dev/stderr | $(BIN)/python scripts/translate.py runs/quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# transformers' own tests on our classes; they come with its source distribution.
+conformance: .venv/installed
+	$(BIN)/python tests/conformance/run.py
+
+# torch first, so that nothing below it asks for another build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .conformance build dist *.egg-info runs/quickstart

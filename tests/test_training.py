@@ -1,0 +1,269 @@
+"""Whole runs, small: the two ways to start one, what its folder holds, and what is refused."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from torch.nn import functional as F
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers.trainer_pt_utils import LabelSmoother
+
+from vanilla_transformer import train_tokenizer
+from vanilla_transformer.training.arguments import TrainingArguments
+from vanilla_transformer.training.evaluate import translate
+from vanilla_transformer.training.trainer import TranslationTrainer
+
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+train_file: [{data}/train.en, {data}/train.de]
+validation_file: [{data}/valid.jsonl]
+vocab_size: 300
+d_model: 32
+encoder_layers: 1
+decoder_layers: 1
+encoder_attention_heads: 2
+decoder_attention_heads: 2
+encoder_ffn_dim: 64
+decoder_ffn_dim: 64
+dropout: 0.0
+per_device_train_batch_size: {batch}
+learning_rate: 0.01
+warmup_steps: 20
+max_steps: 120
+eval_strategy: steps
+eval_steps: 60
+save_strategy: steps
+save_steps: 60
+logging_steps: 20
+num_beams: 2
+max_new_tokens: 12
+metric_for_best_model: exact_match
+output_dir: {output}
+"""
+COLOURS = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß", "black": "schwarz", "grey": "grau"}
+THINGS = {"dog": "Hund", "cat": "Katze", "house": "Haus", "tree": "Baum", "car": "Auto", "book": "Buch"}
+PAIRS = [(f"{c} {t}", f"{THINGS[t]} {COLOURS[c]}") for c in COLOURS for t in THINGS]
+# The 36 targets are equally likely: whoever does not read the source has at least log(36) nats a sentence of some three
+# tokens, 1.2 a token. Half of it shows that the source is read.
+LEARNED = 0.6
+
+
+def write_recipe(folder: Path, batch: int = 30, output: str = "run") -> Path:
+    """A task that a tiny model learns in seconds: every colour with every thing, six of them held out."""
+    held_out, known = PAIRS[::7], [pair for pair in PAIRS if pair not in PAIRS[::7]]
+    (folder / "train.en").write_text("".join(f"{source}\n" for source, _ in known), encoding="utf-8")
+    (folder / "train.de").write_text("".join(f"{target}\n" for _, target in known), encoding="utf-8")
+    rows = [json.dumps({"source": source, "target": target}) for source, target in held_out]
+    (folder / "valid.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE.format(data=folder, output=folder / output, batch=batch))
+    return folder / "recipe.yaml"
+
+
+def run(*command, check=True, **environment) -> subprocess.CompletedProcess:
+    """A program in a process of its own; two of them share the machine's cores without waiting for each other."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def train(*argv, **options) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "vanilla_transformer.training.train", *argv, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that ended, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder / "run", train(write_recipe(folder)).stdout
+
+
+def test_a_run_learns_and_leaves_everything_that_the_readme_promises(finished):
+    folder, printed = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "recipe.yaml", "metrics.json", "loss_curve.png", "README.md",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith((".bin", ".py", ".pt", ".part"))]
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["training"]["updates"] == 120
+    assert f"{metrics['scores']['exact_match']:.2f}" in printed
+    state = json.loads(sorted(folder.glob("checkpoint-*"))[-1].joinpath("trainer_state.json").read_text())
+    assert min(entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry) < LEARNED
+
+
+def test_the_saved_model_scores_as_the_run_said(finished):
+    folder, _ = finished
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    translations = translate(model, tokenizer, [source for source, _ in PAIRS[::7]])
+    equal = sum(translation == target for translation, (_, target) in zip(translations, PAIRS[::7], strict=True))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 100 * equal / len(PAIRS[::7]) == pytest.approx(metrics["scores"]["exact_match"])
+    assert model.generation_config.num_beams == 2
+
+
+def test_the_model_card_holds_the_figures_of_metrics_json_in_the_hubs_form(finished):
+    folder, _ = finished
+    metrics = json.loads((folder / "metrics.json").read_text())
+    card = ModelCard.load(folder / "README.md")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert set(results) == {"bleu", "chrf", "ter", "exact_match"}
+    for name, result in results.items():
+        assert result.metric_value == pytest.approx(metrics["scores"][name], abs=0.005)
+        assert result.metric_config == metrics["scores"].get(f"{name}_signature")
+
+
+def test_the_python_code_of_the_model_card_runs(finished):
+    folder, _ = finished
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["example_translation"] in run(sys.executable, "-c", code).stdout
+
+
+def test_two_cpu_processes_learn_the_same_task_through_accelerate_launch(tmp_path):
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--main_process_port=0"]
+    recipe = write_recipe(tmp_path, batch=15)
+    run(sys.executable, "-m", *launch, "-m", "vanilla_transformer.training.train", recipe)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["scores"]["exact_match"] > 50
+    assert metrics["training"]["final_loss"] < 1.5
+
+
+def test_a_run_resumes_where_it_stopped(tmp_path):
+    recipe = write_recipe(tmp_path)
+    train(recipe, "--max_steps", 60)
+    again = train(recipe, "--resume_from_checkpoint", "last")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["training"]["updates"] == 120
+    assert "learning 300 subwords" not in again.stderr
+
+
+def test_evaluate_and_translate_agree_with_the_run(finished, tmp_path):
+    folder, _ = finished
+    data = folder.parent / "valid.jsonl"
+    command = ["vanilla_transformer.training.evaluate", folder, "--test_file", data]
+    run(sys.executable, "-m", *command, "--output_file", tmp_path / "scores.json")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert json.loads((tmp_path / "scores.json").read_text()) == metrics["scores"]
+
+    (tmp_path / "in.txt").write_text("red dog\n\nblue house\n")
+    script = ROOT / "scripts" / "translate.py"
+    run(sys.executable, script, folder, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt")
+    lines = (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 4
+    assert lines[1] == lines[3] == ""
+    assert all(lines[number] for number in (0, 2))
+
+
+def test_a_folder_with_another_run_is_refused_and_stays_as_it_was(finished):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    result = train(folder.parent / "recipe.yaml", check=False)
+    assert result.returncode == 2
+    assert "already holds a run" in result.stderr
+    assert "--resume_from_checkpoint last" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+REFUSED = {
+    "heads that do not divide": (["--encoder_attention_heads", "5"], "encoder_attention_heads=5 does not divide"),
+    "an unknown activation": (["--activation_function", "rely"], "activation_function='rely' is unknown"),
+    "a file that is not there": (["--train_file", "none.en", "none.de"], "none.en"),
+    "no checkpoint to resume": (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
+    "a vocabulary without room for bytes": (["--vocab_size", "100"], "vocab_size=100"),
+    "a metric that does not exist": (["--metric_for_best_model", "blue"], "blue"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_mistake_ends_with_one_line_and_status_2(argv, message, tmp_path):
+    result = train(write_recipe(tmp_path), *argv, check=False)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
+    folder, _ = finished
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    script = ROOT / "scripts" / "translate.py"
+    result = run(sys.executable, script, tmp_path, "--input", folder.parent / "train.en", check=False)
+    assert result.returncode == 2
+    assert str(tmp_path) in result.stderr.splitlines()[-1] or "cannot load the model" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def make_trainer(model, rows, folder, **options) -> TranslationTrainer:
+    args = TrainingArguments(
+        output_dir=str(folder), report_to="none", eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+        learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", warmup_steps=0, disable_tqdm=True,
+        train_sampling_strategy="sequential", **options,
+    )  # fmt: skip
+    # It only pads, with 0 and -100.
+    collator = DataCollatorForSeq2Seq(train_tokenizer(["text"], 300))
+    return TranslationTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+
+
+def uneven_rows(count: int = 8) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 9, (2 * count,), generator=generator).tolist()
+    tokens = [torch.randint(3, 61, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": a, "labels": b} for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
+
+
+def test_one_update_is_the_same_however_its_batch_is_split(tiny_model, tmp_path):
+    updated = {}
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        model = tiny_model(dropout=0.0)
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        trainer = make_trainer(model, uneven_rows(), tmp_path, logging_steps=1, **options)
+        trainer.train()
+        updated[batch] = {name: value.clone() for name, value in model.state_dict().items()}
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        updated[batch]["loss"] = torch.tensor(losses[0])
+    start = tiny_model(dropout=0.0).state_dict()
+    for batch in (4, 2, 1):
+        for name, value in updated[8].items():
+            step = (value - start[name]).abs().max() if name in start else value
+            assert (updated[batch][name] - value).abs().max() <= 1e-6 + 1e-5 * step, (batch, name)
+
+
+def test_evaluation_reports_the_true_negative_log_likelihood_per_token(tiny_model, tmp_path):
+    model, rows = tiny_model(label_smoothing=0.3), uneven_rows(7)
+    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_size=3, predict_with_generate=False)
+    metrics = trainer.evaluate()
+
+    nll, count = 0.0, 0
+    for row in rows:
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).logits.double()
+        nll -= logits.log_softmax(-1).gather(-1, labels[..., None]).sum().item()
+        count += labels.numel()
+    assert metrics["eval_loss"] == pytest.approx(nll / count, rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-6)
+
+
+def test_smoothing_in_the_model_agrees_with_transformers_label_smoother(tiny_model, padded):
+    model = tiny_model(label_smoothing=0.1, dropout=0.0).train()
+    sources, mask = padded()
+    labels = padded(seed=3)[0].masked_fill(padded(seed=3)[1] == 0, -100)
+    output = model(input_ids=sources, attention_mask=mask, labels=labels)
+    reference = LabelSmoother(epsilon=0.1)({"logits": output.logits}, labels)
+    assert output.loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    unsmoothed = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    assert abs(output.loss.item() - unsmoothed.item()) > 1e-3

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, Seq2SeqTrainer, 
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import TrainingArguments
+from .batching import LengthGroupedBatches
 from .metrics import TranslationMetrics
 
 
@@ -18,6 +19,15 @@ class TranslationTrainer(Seq2SeqTrainer):
     Trains as `Seq2SeqTrainer` does. Its evaluation loss is nats per target token over the whole set, where the stock
     loop averages over sentences the means of their batches, and its perplexity is reported beside it.
     """
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Batches of similar lengths in random order, where transformers' own come sorted."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        # Of the whole rows: the ones passed here have lost the columns that the model does not take.
+        lengths = self.train_dataset[self.args.length_column_name][:]
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return LengthGroupedBatches(lengths, self.args.train_batch_size, seed)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None, **gen_kwargs

@@ -18,8 +18,12 @@ POSITION_EMBEDDING_TYPES = ("sinusoidal", "learned")
 # subwords, as is the output matrix that may be one of them.
 ATTENTIONS = ("encoder.layers.*.self_attn", "decoder.layers.*.self_attn", "decoder.layers.*.encoder_attn")
 TENSOR_PARALLEL_PLAN = {
-    **{table: "embedding_rowwise" for table in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")},
-    **{f"{attention}.{projection}": "colwise" for attention in ATTENTIONS for projection in ("q_proj", "k_proj", "v_proj")},
+    **dict.fromkeys(("shared", "encoder.embed_tokens", "decoder.embed_tokens"), "embedding_rowwise"),
+    **{
+        f"{attention}.{projection}": "colwise"
+        for attention in ATTENTIONS
+        for projection in ("q_proj", "k_proj", "v_proj")
+    },
     **{f"{attention}.out_proj": "rowwise" for attention in ATTENTIONS},
     **{f"{stack}.layers.*.fc1": "colwise" for stack in ("encoder", "decoder")},
     **{f"{stack}.layers.*.fc2": "rowwise" for stack in ("encoder", "decoder")},
@@ -172,7 +176,8 @@ class VanillaTransformerConfig(PreTrainedConfig):
     def _validate_names(self) -> None:
         if self.activation_function not in ACT2FN:
             raise ValueError(
-                f"activation_function={self.activation_function!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}"
+                f"activation_function={self.activation_function!r} is unknown: "
+                f"choose one of {', '.join(sorted(ACT2FN))}"
             )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(

@@ -26,10 +26,10 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
     ) -> GenerationConfig:
         """Replaces transformers' default of 20 new tokens, which would cut most translations short."""
         if has_default_max_length and generation_config.max_new_tokens is None:
-            generation_config.max_length = inputs_tensor.shape[1] + MAX_EXTRA_TOKENS
+            longest = inputs_tensor.shape[1] + MAX_EXTRA_TOKENS
             if self.config.position_embedding_type == "learned":
-                generation_config.max_length = min(generation_config.max_length, self.config.max_position_embeddings)
-            has_default_max_length = False
+                longest = min(longest, self.config.max_position_embeddings)
+            generation_config.max_new_tokens = longest - input_ids_length
         return super()._prepare_generated_length(
             generation_config,
             has_default_max_length,
@@ -38,3 +38,11 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             input_ids_length,
             inputs_tensor,
         )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, decoder_attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> dict:
+        """Numbers the target tokens by their mask, which a static cache turns into one that tells no positions."""
+        if decoder_attention_mask is not None and kwargs.get("decoder_position_ids") is None:
+            kwargs["decoder_position_ids"] = (decoder_attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return super().prepare_inputs_for_generation(input_ids, decoder_attention_mask=decoder_attention_mask, **kwargs)

@@ -32,9 +32,7 @@ def label_smoothed_cross_entropy(
     # Half-precision logits lose the small probabilities that smoothing adds up: reduce in float32.
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))  # [B*T, V]
     labels = labels.flatten().to(logits.device)  # [B*T]
-    total = F.cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum"
-    )
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum")
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):

@@ -107,15 +107,9 @@ class MultiHeadAttention(nn.Module):
         query = self._split_heads(self.q_proj(hidden_states), self.d_k)  # [B, H, T, d_k]
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, scaled_dot_product_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
         heads, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         concatenated = heads.reshape(*hidden_states.shape[:-1], -1)  # [B, T, H * d_v]
         return self.out_proj(concatenated), weights  # [B, T, d_model]
@@ -299,6 +293,16 @@ class VanillaTransformerPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        if not self.config.share_encoder_decoder_embeddings:
+            raise ValueError(
+                "resize_token_embeddings needs share_encoder_decoder_embeddings=True: with two vocabularies it cannot "
+                "know which one is meant. Build a model with the new vocab_size and decoder_vocab_size instead"
+            )
+        resized = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.decoder_vocab_size = resized.num_embeddings
+        return resized
+
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
         """transformers unties everything when `tie_word_embeddings=False`; here each sharing has its own switch."""
         if all_submodels:
@@ -331,7 +335,6 @@ class TransformerStack(VanillaTransformerPreTrainedModel):
         self.layer_norm = (
             nn.LayerNorm(config.d_model, eps=config.layer_norm_eps) if config.normalize_before else nn.Identity()
         )
-        self.gradient_checkpointing = False
 
     def init_parallel_plans(self) -> None:
         """The configuration's plans name modules from the whole model down, so a stack has none of its own."""
@@ -347,26 +350,21 @@ class TransformerStack(VanillaTransformerPreTrainedModel):
         return self.dropout(inputs_embeds * self.embed_scale + positions)
 
 
-def position_ids_of(attention_mask: torch.Tensor | None, shape: torch.Size, past_length, device) -> torch.Tensor:
-    """
-    Numbers the tokens that count, from 0, so that padding on the left does not shift them: `[B, L]` or `[1, L]`.
-
-    Args:
-        attention_mask: `[B, past + L]`, 1 for tokens and 0 for padding. None, or a mask that is already prepared for
-            the attention: the tokens are numbered as they stand.
-        shape: (B, L) of the tokens to number.
-        past_length: how many tokens the cache holds before them.
-    """
-    if attention_mask is not None and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -shape[1] :]
-    return (torch.arange(shape[1], device=device) + past_length)[None]
-
-
-def check_one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str) -> torch.Size:
-    """The shape (B, L) of the one input that is given."""
+def one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = "") -> torch.Tensor:
+    """The one input that is given: ids `[B, L]` or embeddings `[B, L, d_model]`."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
-    return input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]
+    return input_ids if input_ids is not None else inputs_embeds
+
+
+def position_ids_of(attention_mask: torch.Tensor | None, given: torch.Tensor, past_length=0) -> torch.Tensor:
+    """
+    Numbers the tokens of `given` from 0, `[B, L]` or `[1, L]`. With a mask `[B, past_length + L]` only those that it
+    marks count, so that padding on the left shifts none. A mask already prepared for the attention tells no positions.
+    """
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -given.shape[1] :]
+    return (torch.arange(given.shape[1], device=given.device) + past_length)[None]
 
 
 class Encoder(TransformerStack):
@@ -388,9 +386,8 @@ class Encoder(TransformerStack):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """`input_ids` `[B, S]` (or `inputs_embeds`) and their mask, 1 for tokens -> states `[B, S, d_model]`."""
-        shape = check_one_input(input_ids, inputs_embeds, "")
-        device = (input_ids if input_ids is not None else inputs_embeds).device
-        hidden_states = self.embed(input_ids, inputs_embeds, position_ids_of(attention_mask, shape, 0, device))
+        position_ids = position_ids_of(attention_mask, one_input(input_ids, inputs_embeds))
+        hidden_states = self.embed(input_ids, inputs_embeds, position_ids)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
@@ -424,14 +421,13 @@ class Decoder(TransformerStack):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """`input_ids` `[B, T]` (or `inputs_embeds`), the tokens after those in the cache -> states `[B, T, d_model]`."""
-        shape = check_one_input(input_ids, inputs_embeds, "decoder_")
-        device = (input_ids if input_ids is not None else inputs_embeds).device
+        """`input_ids` `[B, T]` (or `inputs_embeds`), after the cached ones -> states `[B, T, d_model]`."""
+        given = one_input(input_ids, inputs_embeds, "decoder_")
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = position_ids_of(attention_mask, shape, past_length, device)
+            position_ids = position_ids_of(attention_mask, given, past_length)
 
         hidden_states = self.embed(input_ids, inputs_embeds, position_ids)
         self_attention_cache = past_key_values.self_attention_cache if past_key_values is not None else None
@@ -572,7 +568,9 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         super().__init__(config)
         self.model = VanillaTransformerModel(config)
         self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=True)
-        tied = {f"model.{target}": f"model.{source}" for target, source in (self.model._tied_weights_keys or {}).items()}
+        tied = {
+            f"model.{target}": f"model.{source}" for target, source in (self.model._tied_weights_keys or {}).items()
+        }
         if config.tie_word_embeddings:
             shared = config.share_encoder_decoder_embeddings
             tied["lm_head.weight"] = "model.shared.weight" if shared else "model.decoder.embed_tokens.weight"
@@ -583,16 +581,6 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's input for these labels, `[B, T]`: what transformers' collators ask for."""
         return shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
-
-    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
-        if not self.config.share_encoder_decoder_embeddings:
-            raise ValueError(
-                "resize_token_embeddings needs share_encoder_decoder_embeddings=True: with two vocabularies it cannot "
-                "know which one is meant. Build a model with the new vocab_size and decoder_vocab_size instead"
-            )
-        resized = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.decoder_vocab_size = resized.num_embeddings
-        return resized
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,106 @@
+"""The loss against its definition, and its independence of how an update's tokens are split."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vanilla_transformer.loss_vanilla_transformer import label_smoothed_cross_entropy
+
+
+@pytest.fixture
+def batch(padded):
+    """Eight sentence pairs of uneven lengths."""
+    input_ids, attention_mask = padded((5, 3, 7, 1, 4, 6, 2, 5))
+    labels, label_mask = padded((4, 6, 1, 5, 3, 2, 6, 1), seed=1)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels.where(label_mask == 1, -100)}
+
+
+def smoothed_by_hand(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Section 5.4 token by token, in float64: the target has 1 - e on the truth and e spread over all V tokens."""
+    losses = []
+    for scores, label in zip(logits.double().flatten(0, 1), labels.flatten(), strict=True):
+        if label != -100:
+            target = torch.full_like(scores, smoothing / len(scores))
+            target[label] += 1 - smoothing
+            losses.append(-(target * scores.log_softmax(-1)).sum())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_the_loss_is_its_definition(batch, smoothing):
+    logits = torch.randn(8, 6, 61, generator=torch.Generator().manual_seed(0)) * 3
+    loss = label_smoothed_cross_entropy(logits, batch["labels"], smoothing)
+    torch.testing.assert_close(loss.double(), smoothed_by_hand(logits, batch["labels"], smoothing).mean())
+    mean = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=smoothing)
+    torch.testing.assert_close(loss, mean)
+
+
+def test_the_model_smooths_in_training_and_never_in_evaluation(tiny_model, batch):
+    model = tiny_model(dropout=0, label_smoothing=0.3)
+    for training, smoothing in ((True, 0.3), (False, 0.0)):
+        outputs = model.train(training)(**batch)
+        expected = smoothed_by_hand(outputs.logits, batch["labels"], smoothing).mean()
+        torch.testing.assert_close(outputs.loss.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_labels_are_shifted_right_to_make_the_input_of_the_decoder(tiny_model, batch):
+    model = tiny_model(decoder_start_token_id=5)
+    labels = batch.pop("labels")
+    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
+    assert decoder_input_ids[0].tolist() == [5, *labels[0, :4].tolist(), 0]
+    expected = model(**batch, decoder_input_ids=decoder_input_ids)
+    outputs = model(**batch, labels=labels)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert expected.loss is None
+    given = model(**batch, labels=labels, decoder_input_ids=decoder_input_ids.clamp(min=7))
+    assert not torch.equal(given.logits, outputs.logits)
+
+
+@pytest.mark.parametrize("rows", [4, 2, 1])
+def test_loss_and_gradient_do_not_depend_on_how_an_update_is_split(tiny_model, batch, rows):
+    model = tiny_model(dropout=0).train()
+    tokens = (batch["labels"] != -100).sum()
+
+    def accumulated(rows):
+        model.zero_grad()
+        parts = [{name: value[start : start + rows] for name, value in batch.items()} for start in range(0, 8, rows)]
+        losses = [model(**part, num_items_in_batch=tokens).loss for part in parts]
+        sum(losses).backward()
+        return sum(losses), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    whole_loss, whole_gradients = accumulated(8)
+    loss, gradients = accumulated(rows)
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(whole_loss, model(**batch).loss, rtol=1e-6, atol=0)
+    norm = torch.stack([gradient.norm() for gradient in whole_gradients.values()]).norm()
+    for name, gradient in whole_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-6 * norm, name
+
+
+def test_the_count_of_tokens_may_be_a_number(tiny_model, batch):
+    model = tiny_model()
+    tokens = int((batch["labels"] != -100).sum())
+    torch.testing.assert_close(
+        model(**batch, num_items_in_batch=tokens).loss, model(**batch, num_items_in_batch=torch.tensor(tokens)).loss
+    )
+
+
+def test_labels_that_are_all_ignored_give_zero_and_zero_gradients(tiny_model, batch):
+    model = tiny_model().train()
+    loss = model(**batch | {"labels": torch.full((8, 6), -100)}).loss
+    loss.backward()
+    assert loss == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_logits_in_half_precision_are_summed_in_float32():
+    """Smoothing adds up V small terms: in bfloat16 the sum would be off by percents."""
+    logits = torch.randn(2, 5, 4000, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    labels = torch.arange(10).view(2, 5)
+    loss = label_smoothed_cross_entropy(logits, labels, 0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), smoothed_by_hand(logits, labels, 0.1).mean(), rtol=1e-6, atol=0)
+
+
+def test_a_float64_model_keeps_a_float64_loss(tiny_model, batch):
+    assert tiny_model().double()(**batch).loss.dtype == torch.float64

@@ -14,7 +14,7 @@ quickstart: .venv/installed
 		| tee /dev/stderr | $(BIN)/python scripts/translate.py runs/quickstart
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -494,6 +494,13 @@ class TestParts:
         logits = model(input_ids=torch.full((1, 60), 5), decoder_input_ids=torch.full((1, 55), 5)).logits
         assert logits.isfinite().all()
 
+    def test_a_position_that_was_not_learned_is_refused_by_name(self, tiny_model):
+        model = tiny_model(position_embedding_type="learned")
+        ids = torch.full((1, 49), 5)
+        with pytest.raises(ValueError, match="position 48 .*max_position_embeddings=48"):
+            model(input_ids=ids, labels=ids[:, :3])
+        assert tiny_model()(input_ids=ids, labels=ids).logits.isfinite().all()
+
     def test_learned_positions_are_added_to_scaled_embeddings(self, tiny_model):
         model = tiny_model(position_embedding_type="learned").model.encoder
         ids = torch.tensor([[5, 9, 5]])

@@ -109,6 +109,7 @@ class DataArguments:
     target_lang: str | None = field(default=None, metadata={"help": "language code of the target, likewise"})
     source_column: str | None = field(default=None, metadata={"help": "column of the source text"})
     target_column: str | None = field(default=None, metadata={"help": "column of the target text"})
+    data_name: str | None = field(default=None, metadata={"help": "what the model card calls the data"})
     max_source_length: int = field(
         default=256, metadata={"help": "training rows with more source tokens are left out, and counted"}
     )

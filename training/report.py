@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from babel import Locale, UnknownLocaleError
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
@@ -25,7 +26,16 @@ def machine() -> str:
     """The hardware in words: the GPU's name, or the processor and its threads."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"
+
+
+def language_name(code: str) -> str:
+    """The English name of a language, or its code where the CLDR has none."""
+    try:
+        return Locale.parse(code, sep="-" if "-" in code else "_").english_name or code
+    except (ValueError, UnknownLocaleError):
+        return code
 
 
 def draw_loss_curve(log_history: list[dict[str, Any]], metric: str, path: str | Path) -> None:
@@ -103,7 +113,7 @@ def model_card(
         template_str=(files("vanilla_transformer.model_cards") / "template.md").read_text(encoding="utf-8"),
         config=model.config,
         parameters=model.num_parameters(),
-        languages=languages if all(languages) else None,
+        languages=[language_name(code) for code in languages if code] if all(languages) else None,
         data_name=data_name,
         results=results,
         recipe=recipe,

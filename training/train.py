@@ -173,7 +173,8 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, pairs: DatasetDict) -> N
     write_beside(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
-    data_name = recipe.data.dataset or ", ".join(Path(path).name for path in recipe.data.train_file or [])
+    files = ", ".join(Path(path).name for path in recipe.data.train_file or [])
+    data_name = recipe.data.data_name or recipe.data.dataset or files
     card = model_card(
         model, language_pair(recipe.data), data_name, metrics, (folder / "recipe.yaml").read_text(), str(folder)
     )

@@ -171,8 +171,14 @@ class LearnedPositions(nn.Embedding):
     def __init__(self, config: VanillaTransformerConfig):
         super().__init__(config.max_position_embeddings, config.d_model)
 
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[override]
         """`position_ids` `[B, L]`, each below `max_position_embeddings` -> `[B, L, d_model]`."""
+        # A compiled graph cannot look at values. Elsewhere the look is cheap beside what a GPU's assertion costs.
+        if not torch.compiler.is_compiling() and position_ids.max() >= self.num_embeddings:
+            raise ValueError(
+                f"position {position_ids.max()} has no learned embedding: the model was built with "
+                f"max_position_embeddings={self.num_embeddings}; shorten the text"
+            )
         return super().forward(position_ids).to(dtype)
 
 
@@ -338,7 +344,8 @@ class TransformerStack(VanillaTransformerPreTrainedModel):
 
     def init_parallel_plans(self) -> None:
         """The configuration's plans name modules from the whole model down, so a stack has none of its own."""
-        self._tp_plan, self._ep_plan, self._pp_plan, self._fsdp_plan = {}, {}, {}, {}
+        for plan in ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan"):
+            setattr(self, plan, {})
 
     def embed(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, position_ids: torch.Tensor
@@ -415,7 +422,7 @@ class Decoder(TransformerStack):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -484,10 +491,10 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
@@ -503,7 +510,7 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
             decoder_attention_mask: 1 for target tokens, 0 for padding, cached ones included. Default: no padding,
                 which also serves targets padded on the right, since no token sees what is to its right.
             decoder_position_ids: positions of the target tokens. Default: counted over `decoder_attention_mask`.
-            encoder_outputs: what the encoder gave for this source, to spare its work.
+            encoder_outputs: what the encoder gave for this source, also as a tuple, to spare its work.
             past_key_values: an `EncoderDecoderCache` from the call before.
             use_cache: whether to return one. Default: `config.use_cache`.
 
@@ -516,7 +523,7 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **kwargs)
-        elif not isinstance(encoder_outputs, BaseModelOutput):
+        elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         decoder_outputs = self.decoder(
             decoder_input_ids,
@@ -587,10 +594,10 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,

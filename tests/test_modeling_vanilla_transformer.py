@@ -497,7 +497,7 @@ class TestParts:
     def test_a_position_that_was_not_learned_is_refused_by_name(self, tiny_model):
         model = tiny_model(position_embedding_type="learned")
         ids = torch.full((1, 49), 5)
-        with pytest.raises(ValueError, match="position 48 .*max_position_embeddings=48"):
+        with pytest.raises(ValueError, match=r"position 48 .*max_position_embeddings=48"):
             model(input_ids=ids, labels=ids[:, :3])
         assert tiny_model()(input_ids=ids, labels=ids).logits.isfinite().all()
 

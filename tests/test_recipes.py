@@ -90,6 +90,7 @@ BAD_RECIPES = {
     "not a mapping": (["bad.yaml"], "- a\n- b", "field: value"),
     "not YAML": (["bad.yaml"], "a: [", "is not YAML"),
     "unknown variant": (["bad.yaml", "--variant", "huge"], "variants: {small: {}}", "small"),
+    "variant without a recipe": (["--variant", "big"], None, "first argument"),
     "variant not chosen": (["bad.yaml"], "variants: {small: {}}", "--variant small"),
     "the Trainer's slow smoothing": (["bad.yaml"], "label_smoothing_factor: 0.1", "label_smoothing"),
     "the Trainer's own check": (["bad.yaml"], "eval_strategy: sometimes", "sometimes"),

@@ -1,5 +1,6 @@
 """What a run can be told: by a YAML recipe, and by `--field value` on the command line, which comes after it."""
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -219,16 +220,18 @@ def parse_recipe(argv: list[str]) -> Recipe:
         RecipeError: the recipe cannot be read, or names a field that does not exist.
         SystemExit: argparse's own errors and `--help`.
     """
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--variant", help="one of the recipe's variants, e.g. a row of table3.yaml")
+    variant, argv = before.parse_known_args(argv)
     groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
-    parser = HfArgumentParser(groups, usage="%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]")
-    parser.add_argument("--variant", help="one of the recipe's variants, e.g. a row of table3.yaml")
+    usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
+    parser = HfArgumentParser(groups, parents=[before], usage=usage)
     defaults = vars(parser.parse_args([]))
-    argv = list(argv)
     if argv and not argv[0].startswith("-"):
-        known, _ = parser.parse_known_args(argv[1:]) if "--variant" in argv else (None, None)
-        parser.set_defaults(**read_recipe(argv.pop(0), known.variant if known else None, set(defaults)))
+        parser.set_defaults(**read_recipe(argv.pop(0), variant.variant, set(defaults)))
+    elif variant.variant:
+        raise RecipeError(f"--variant {variant.variant} needs a recipe that has it, as the first argument")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != defaults[name]}
-    given.pop("variant", None)
     try:
         model, tokenizer, data, decoding, training, _ = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False

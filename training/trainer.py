@@ -60,8 +60,9 @@ class Clock(TrainerCallback):
     """Adds the minutes of training so far to what is logged, so that curves can be drawn over time."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Starts the clock."""
-        self.started = time.monotonic()
+        """Starts the clock, for a run that resumes at the minutes it had reached."""
+        before = max((entry.get("minutes", 0) for entry in state.log_history), default=0)
+        self.started = time.monotonic() - 60 * before
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Stamps the entry."""

@@ -258,6 +258,16 @@ def test_evaluation_reports_the_true_negative_log_likelihood_per_token(tiny_mode
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-6)
 
 
+def test_evaluation_leaves_the_generation_config_as_it_was(tiny_model, tmp_path):
+    model = tiny_model()
+    before = model.generation_config.to_dict()
+    make_trainer(model, uneven_rows(), tmp_path, per_device_eval_batch_size=4).evaluate()
+    assert model.generation_config.to_dict() == before
+    # Nothing ends these sentences but the limit: the source's length + 50.
+    model.lm_head.bias.data[model.config.eos_token_id] = -1e9
+    assert model.generate(torch.full((1, 9), 5), num_beams=1).shape[1] == 9 + 50
+
+
 def test_smoothing_in_the_model_agrees_with_transformers_label_smoother(tiny_model, padded):
     model = tiny_model(label_smoothing=0.1, dropout=0.0).train()
     sources, mask = padded()

@@ -1,5 +1,6 @@
 """transformers' `Seq2SeqTrainer` with an evaluation that reports the true negative log-likelihood."""
 
+import copy
 import math
 import time
 from typing import Any
@@ -33,7 +34,10 @@ class TranslationTrainer(Seq2SeqTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None, **gen_kwargs
     ):
         """Adds up the batch's negative log-likelihood and its target tokens."""
+        # The stock step writes transformers' defaults into the model's generation config, a max_length of 20 too.
+        generation_config = copy.deepcopy(self.model.generation_config)
         loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        self.model.generation_config = generation_config
         count = inputs["labels"].ne(-100).sum()
         self._nll_and_count += torch.stack([loss.double() * count, count.double()])
         return loss, tokens, labels

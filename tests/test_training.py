@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 from transformers.trainer_pt_utils import LabelSmoother
@@ -18,6 +20,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.training.arguments import TrainingArguments
 from vanilla_transformer.training.evaluate import translate
+from vanilla_transformer.training.phrasebook import load_phrasebook
 from vanilla_transformer.training.trainer import TranslationTrainer
 
 
@@ -48,6 +51,10 @@ max_new_tokens: 12
 metric_for_best_model: exact_match
 output_dir: {output}
 """
+TWO_PROCESSES = [
+    "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+    "--dynamo_backend=no", "--main_process_port=0", "-m",
+]  # fmt: skip
 COLOURS = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß", "black": "schwarz", "grey": "grau"}
 THINGS = {"dog": "Hund", "cat": "Katze", "house": "Haus", "tree": "Baum", "car": "Auto", "book": "Buch"}
 PAIRS = [(f"{c} {t}", f"{THINGS[t]} {COLOURS[c]}") for c in COLOURS for t in THINGS]
@@ -130,14 +137,36 @@ def test_the_python_code_of_the_model_card_runs(finished):
     assert metrics["example_translation"] in run(sys.executable, "-c", code).stdout
 
 
-def test_two_cpu_processes_learn_the_same_task_through_accelerate_launch(tmp_path):
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
-    launch += ["--dynamo_backend=no", "--main_process_port=0"]
-    recipe = write_recipe(tmp_path, batch=15)
-    run(sys.executable, "-m", *launch, "-m", "vanilla_transformer.training.train", recipe)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["scores"]["exact_match"] > 50
-    assert metrics["training"]["final_loss"] < 1.5
+@pytest.mark.parametrize(("launcher", "batch"), [([], 32), (TWO_PROCESSES, 16)], ids=["python -m", "accelerate launch"])
+def test_a_short_run_on_the_phrasebook_learns(launcher, batch, tmp_path):
+    """Its held-out loss falls under half of what the frequencies of the subwords alone would give."""
+    recipe = write_recipe(tmp_path, batch).read_text().replace("train_file", "dataset: phrasebook:en-de #")
+    (tmp_path / "phrases.yaml").write_text(recipe.replace("validation_file", "phrasebook_size: 3000 #"))
+    options = [
+        "--max_steps",
+        240,
+        "--learning_rate",
+        0.005,
+        "--d_model",
+        64,
+        "--vocab_size",
+        600,
+        "--max_eval_samples",
+        100,
+    ]
+    run(sys.executable, "-m", *launcher, "vanilla_transformer.training.train", tmp_path / "phrases.yaml", *options)
+
+    state = json.loads((tmp_path / "run" / "checkpoint-240" / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    phrases = load_phrasebook("en-de", train_size=3000)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    seen, held_out = (
+        torch.tensor(list(chain(*tokenizer(phrases[split]["target"][:limit])["input_ids"])))
+        for split, limit in (("train", 3000), ("validation", 100))
+    )
+    frequencies = torch.bincount(seen, minlength=600).double() + 1
+    by_frequency = -(frequencies / frequencies.sum()).log()[held_out].mean()
+    assert losses[-1] < by_frequency / 2
 
 
 def test_a_run_resumes_where_it_stopped(tmp_path):
@@ -147,6 +176,17 @@ def test_a_run_resumes_where_it_stopped(tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["training"]["updates"] == 120
     assert "learning 300 subwords" not in again.stderr
+
+
+def test_a_run_can_end_with_the_mean_of_its_last_checkpoints(tmp_path):
+    options = ["--average_checkpoints", 2, "--load_best_model_at_end", "false"]
+    train(write_recipe(tmp_path), *options)
+    ends = [load_file(tmp_path / "run" / name / "model.safetensors") for name in ("checkpoint-60", "checkpoint-120")]
+    mean = load_file(tmp_path / "run" / "model.safetensors")
+    assert set(mean) == set(ends[0])
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (ends[0][name] + ends[1][name]) / 2)
+        assert not torch.equal(ends[0][name], ends[1][name])
 
 
 def test_evaluate_and_translate_agree_with_the_run(finished, tmp_path):
@@ -181,8 +221,10 @@ REFUSED = {
     "heads that do not divide": (["--encoder_attention_heads", "5"], "encoder_attention_heads=5 does not divide"),
     "an unknown activation": (["--activation_function", "rely"], "activation_function='rely' is unknown"),
     "a file that is not there": (["--train_file", "none.en", "none.de"], "none.en"),
+    "a tokenizer that is not there": (["--tokenizer", "./nowhere"], "tokenizer=./nowhere cannot be loaded"),
     "no checkpoint to resume": (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
     "a vocabulary without room for bytes": (["--vocab_size", "100"], "vocab_size=100"),
+    "more checkpoints to average than are kept": (["--average_checkpoints", "3"], "save_total_limit=2"),
     "a metric that does not exist": (["--metric_for_best_model", "blue"], "blue"),
 }
 

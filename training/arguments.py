@@ -167,6 +167,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a better score"}
     )
+    average_checkpoints: int | None = field(
+        default=None,
+        metadata={"help": "end with the mean of the last so many checkpoints (the paper: 5, big 20)"},
+    )
     # HfArgumentParser needs None first.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="tensorboard", metadata={"help": "where curves are logged"}
@@ -177,6 +181,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise RecipeError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is the Trainer's slow smoothing, outside the "
                 "model: set label_smoothing instead"
+            )
+        if self.average_checkpoints and self.save_total_limit and self.average_checkpoints > self.save_total_limit:
+            raise RecipeError(
+                f"average_checkpoints={self.average_checkpoints} is more than are kept: "
+                f"save_total_limit={self.save_total_limit} must be at least as many"
             )
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
         if metric not in BEST_METRICS:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from datasets import DatasetDict
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vanilla_transformer import (
@@ -25,7 +25,7 @@ from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe, run
 from .data import DataError, language_pair, load_pairs, tokenize_pairs, training_texts
 from .evaluate import format_scores, score_texts, translate
 from .report import draw_loss_curve, machine, model_card, write_beside
-from .trainer import TranslationTrainer, callbacks, score_translations
+from .trainer import TranslationTrainer, callbacks, load_average, score_translations
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
     # 4. training
     trainer = build_trainer(recipe, model, tokenizer, rows)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.average_checkpoints:
+        load_average(model, args.output_dir, args.average_checkpoints)
     trainer.save_model()
 
     # 5. what the model can do, in figures and words
@@ -93,22 +95,38 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 def prepare_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
     """The tokenizer of the run: the one that is named, the one in the run's folder, or one that is learned now."""
-    args, folder = recipe.tokenizer, Path(recipe.training.output_dir)
-    if args.tokenizer:
-        return PreTrainedTokenizerFast.from_pretrained(args.tokenizer)
+    folder = Path(recipe.training.output_dir)
     if (folder / "recipe.yaml").exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    logger.info("learning %d subwords from %d pairs", args.vocab_size, len(pairs["train"]))
-    try:
-        tokenizer = train_tokenizer(
-            training_texts(pairs["train"]), args.vocab_size, args.tokenizer_model, args.pretokenized
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+        return AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(recipe) if recipe.tokenizer.tokenizer else learn_tokenizer(recipe, pairs)
     tokenizer.save_pretrained(folder)
     # Last: it is what marks the folder as a run's.
-    write_beside(folder / "recipe.yaml", yaml.safe_dump(recipe.given, sort_keys=False, allow_unicode=True))
+    write_beside(folder / "recipe.yaml", resolved(recipe))
     return tokenizer
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe names."""
+    try:
+        return AutoTokenizer.from_pretrained(recipe.tokenizer.tokenizer)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"tokenizer={recipe.tokenizer.tokenizer} cannot be loaded: {error}") from error
+
+
+def learn_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
+    """A joint vocabulary of the training split."""
+    args = recipe.tokenizer
+    logger.info("learning %d subwords from %d pairs", args.vocab_size, len(pairs["train"]))
+    try:
+        return train_tokenizer(training_texts(pairs["train"]), args.vocab_size, args.tokenizer_model, args.pretokenized)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe as YAML that repeats the run, with what the command line changed."""
+    given = {name: value for name, value in recipe.given.items() if name != "resume_from_checkpoint"}
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
@@ -175,9 +193,9 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, pairs: DatasetDict) -> N
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
     files = ", ".join(Path(path).name for path in recipe.data.train_file or [])
     data_name = recipe.data.data_name or recipe.data.dataset or files
-    card = model_card(
-        model, language_pair(recipe.data), data_name, metrics, (folder / "recipe.yaml").read_text(), str(folder)
-    )
+    # Anew, because a run that resumes may have been told otherwise.
+    write_beside(folder / "recipe.yaml", resolved(recipe))
+    card = model_card(model, language_pair(recipe.data), data_name, metrics, resolved(recipe), str(folder))
     write_beside(folder / "README.md", str(card))
     print(f"\n{split} set, {len(sources)} pairs\n{format_scores(scores)}\n")
     for source, translation, reference in list(zip(sources, translations, references, strict=True))[:SHOWN]:

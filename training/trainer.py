@@ -3,11 +3,12 @@
 import copy
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, EvalPrediction, Seq2SeqTrainer, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import TrainingArguments
@@ -58,6 +59,21 @@ class TranslationTrainer(Seq2SeqTrainer):
         tied = self.model.all_tied_weights_keys
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result)
+
+
+def load_average(model: PreTrainedModel, folder: str, count: int) -> None:
+    """
+    Gives `model` the mean of the weights of the last `count` checkpoints in a run's folder (section 6.1).
+
+    Args:
+        model: the run's model; its weights are replaced.
+        folder: the run's folder.
+        count: how many; all of them if the run was too short for so many.
+    """
+    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    states = [type(model).from_pretrained(path).state_dict() for path in checkpoints[-count:]]
+    mean = {name: torch.stack([state[name].double() for state in states]).mean(dim=0) for name in states[0]}
+    model.load_state_dict(mean)
 
 
 class Clock(TrainerCallback):

@@ -10,8 +10,8 @@ quickstart: .venv/installed
 	rm -rf runs/quickstart
 	$(BIN)/python -m vanilla_transformer.training.train quickstart.yaml
 	@echo; echo "Reloaded from runs/quickstart in a new process:"
-	@printf '%s\n' 'Friday, March 13, 2026' '3 days ago' '1,234.50 euros' 'Norway, Peru, and Japan' \
-		| tee /dev/stderr | $(BIN)/python scripts/translate.py runs/quickstart
+	@printf '%s\n' 'Friday, March 13, 2026' '3 days ago' '1,234.50 euros' 'Norway, Peru, and Japan' > runs/quickstart/examples.txt
+	@$(BIN)/python scripts/translate.py runs/quickstart --input runs/quickstart/examples.txt | paste runs/quickstart/examples.txt -
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto

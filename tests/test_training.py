@@ -123,6 +123,7 @@ def test_the_model_card_holds_the_figures_of_metrics_json_in_the_hubs_form(finis
     folder, _ = finished
     metrics = json.loads((folder / "metrics.json").read_text())
     card = ModelCard.load(folder / "README.md")
+    assert "\n# run\n" in card.text
     results = {result.metric_type: result for result in card.data.eval_results}
     assert set(results) == {"bleu", "chrf", "ter", "exact_match"}
     for name, result in results.items():

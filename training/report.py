@@ -111,6 +111,7 @@ def model_card(
     return ModelCard.from_template(
         card_data,
         template_str=(files("vanilla_transformer.model_cards") / "template.md").read_text(encoding="utf-8"),
+        title=name,
         config=model.config,
         parameters=model.num_parameters(),
         languages=[language_name(code) for code in languages if code] if all(languages) else None,

@@ -155,7 +155,20 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     adam_epsilon: float = field(default=1e-9, metadata={"help": "Adam's epsilon"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm (0: never)"})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "batches of rows of similar length waste little padding"}
+        default="token_budget",
+        metadata={
+            "help": "batches bounded by tokens; transformers' own (random, sequential, group_by_length) count rows"
+        },
+    )
+    per_device_train_batch_tokens: int = field(
+        default=4096,
+        metadata={
+            "help": "most tokens, padding included, of a process's batch on either side (the paper: about 25,000 in an "
+            "update of all processes and accumulated batches)"
+        },
+    )
+    per_device_eval_batch_tokens: int = field(
+        default=4096, metadata={"help": "likewise in evaluation, where generation multiplies them by its beams"}
     )
     predict_with_generate: bool = field(default=True, metadata={"help": "score translations, not only the loss"})
     generation_num_beams: int | None = field(default=1, metadata={"help": "beams while training: greedy is quick"})

@@ -1,50 +1,115 @@
-"""The order in which a Trainer sees its rows: batches of similar lengths, in random order."""
+"""Which rows train together: batches bounded by their tokens, in random order (Vaswani et al., 2017, section 5.1)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import pyarrow.compute as pc
 import torch
-from torch.utils.data import Sampler
+from datasets import Dataset
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+from .arguments import UserError
 
 
-# A pool of so many batches is sorted at a time: little padding is left, and batches still differ between epochs.
-POOL = 50
+class BatchError(UserError):
+    """Rows that cannot be put into batches as asked."""
 
 
-class LengthGroupedBatches(Sampler[int]):
+# The Trainer hands every sampler of this parent to its DataLoader as a batch sampler that knows its own process.
+class TokenBudgetBatches(BatchRebalanceSampler):
     """
-    Yields row numbers so that each `batch_size` in a row are one batch of rows of similar lengths.
+    Yields batches, as lists of row numbers, of at most `max_tokens` padded tokens on each side.
 
-    transformers' own `LengthGroupedSampler` leaves the batches of a pool in the order of their lengths. Updates then go
-    from long sentences to short ones, again and again, and a small model forgets the ones while it learns the others.
-    Here the batches are shuffled.
+    Rows are sorted by both lengths and cut where the budget is full, so that next to nothing is padded. Each epoch
+    shuffles which of the rows of equal lengths meet, and the order of the batches (without that, updates would go from
+    long sentences to short ones, and a small model forgets the ones while it learns the others). The sizes of the
+    batches stay, and so does their number: a run can resume at any batch, and every process has the same number of them.
 
     Args:
-        lengths: length of each row.
-        batch_size: rows of one batch.
-        seed: with the epoch, it alone decides the order: the same in every process, and in a run that resumes.
+        source_lengths: tokens of each row's source.
+        target_lengths: tokens of each row's target.
+        max_tokens: most tokens of a batch on either side, padding included.
+        seed: with the epoch, it alone decides the order, in every process and in a run that resumes.
+        num_processes: among which the batches are dealt.
+        process_index: the one whose batches are yielded.
+        shuffle: False leaves the batches in order, the longest first: for evaluation.
+
+    Raises:
+        BatchError: a row is longer than the budget, or there are fewer rows than processes.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths = torch.tensor(lengths)
-        self.batch_size = batch_size
+    def __init__(
+        self,
+        source_lengths: Sequence[int],
+        target_lengths: Sequence[int],
+        max_tokens: int,
+        seed: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        shuffle: bool = True,
+    ):
+        sources, targets = torch.tensor(source_lengths), torch.tensor(target_lengths)
+        # What the parent sets is for its own way of making batches.
         self.seed = seed
         self.epoch = 0
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.shuffle = shuffle
+        longest = torch.maximum(sources, targets)
+        if longest.max() > max_tokens:
+            raise BatchError(
+                f"row {longest.argmax() + 1} has {longest.max()} tokens, more than a batch may hold: raise the budget of "
+                f"{max_tokens} tokens (per_device_train_batch_tokens, per_device_eval_batch_tokens), or leave longer "
+                "rows out by max_source_length and max_target_length"
+            )
+        if len(sources) < num_processes:
+            raise BatchError(f"{len(sources)} rows cannot be dealt to {num_processes} processes: add data")
+        self.key = targets * (sources.max() + 1) + sources
+        order = self.key.argsort(descending=True, stable=True)
+        self.sizes = batch_sizes(sources[order].tolist(), targets[order].tolist(), max_tokens, num_processes)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's order; the Trainer calls it as each epoch begins."""
-        self.epoch = epoch
+        shapes = [part.max() * len(part) for side in (sources, targets) for part in side[order].split(self.sizes)]
+        #: Share of a batch's places that hold padding, both sides together.
+        self.padding = 1 - float(sources.sum() + targets.sum()) / float(sum(shapes))
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sizes) // self.num_processes
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.shuffle:
+            batches = self.key.argsort(descending=True, stable=True).split(self.sizes)
+            yield from (batch.tolist() for batch in batches[self.process_index :: self.num_processes])
+            return
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        shuffled = torch.randperm(len(self.lengths), generator=generator)
-        batches: list[torch.Tensor] = []
-        for pool in shuffled.split(POOL * self.batch_size):
-            batches += pool[self.lengths[pool].argsort(stable=True)].split(self.batch_size)
-        # The one batch that may be smaller must be the last, or all after it would straddle two.
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        for batch in [*(batches[number] for number in order), *last]:
-            yield from batch.tolist()
+        shuffled = torch.randperm(len(self.key), generator=generator)
+        batches = shuffled[self.key[shuffled].argsort(descending=True, stable=True)].split(self.sizes)
+        order = torch.randperm(len(batches), generator=generator)
+        for number in order[self.process_index :: self.num_processes].tolist():
+            yield batches[number].tolist()
+
+
+def batch_sizes(sources: list[int], targets: list[int], max_tokens: int, multiple_of: int) -> list[int]:
+    """
+    How many rows each batch takes, for rows in the given order: as many as `max_tokens` padded tokens hold on both
+    sides. The largest batches are halved until their number is a multiple of `multiple_of`.
+    """
+    sizes, size, longest = [], 0, 0
+    for row in map(max, sources, targets):
+        longest = max(longest, row)
+        if (size + 1) * longest > max_tokens:
+            sizes.append(size)
+            size, longest = 0, row
+        size += 1
+    sizes.append(size)
+    while len(sizes) % multiple_of:
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        half = sizes[largest] // 2
+        sizes[largest : largest + 1] = [half, sizes[largest] - half]
+    return sizes
+
+
+def token_budget(dataset: Dataset, max_tokens: int, **options: Any) -> TokenBudgetBatches:
+    """`TokenBudgetBatches` of a dataset with the columns `input_ids` and `labels`."""
+    table = dataset.with_format("arrow")[:]
+    source, target = (pc.list_value_length(table[name]).to_pylist() for name in ("input_ids", "labels"))
+    return TokenBudgetBatches(source, target, max_tokens, **options)

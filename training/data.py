@@ -34,7 +34,7 @@ SPLITS = ("train", "validation", "test")
 SIDES = ("source", "target")
 PHRASEBOOK = "phrasebook:"
 # Compact: 32 bits for a token, where the default of `datasets` takes 64.
-ENCODED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
+ENCODED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 
 class DataError(UserError):
@@ -311,8 +311,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Dat
     warning. Rows of the other splits are never left out or cut.
 
     Returns:
-        `input_ids` and `labels`, both ended by eos, and `length`, the number of both together, by which batches are
-        made.
+        `input_ids` and `labels`, both ended by eos.
 
     Raises:
         DataError: no row is left, or the tokenizer does not append its eos.
@@ -321,9 +320,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Dat
         raise DataError(f"the tokenizer must end every text by its eos token {tokenizer.eos_token!r}, and does not")
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-        ids = tokenizer(batch["source"], text_target=batch["target"], return_attention_mask=False)
-        lengths = [len(source) + len(target) for source, target in zip(ids["input_ids"], ids["labels"], strict=True)]
-        return {"input_ids": ids["input_ids"], "labels": ids["labels"], "length": lengths}
+        return tokenizer(batch["source"], text_target=batch["target"], return_attention_mask=False).data
 
     encoded = pairs.map(
         encode,

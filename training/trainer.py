@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel,
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import TrainingArguments
-from .batching import LengthGroupedBatches
+from .batching import TokenBudgetBatches, token_budget
 from .metrics import TranslationMetrics
 
 
@@ -23,13 +23,32 @@ class TranslationTrainer(Seq2SeqTrainer):
     """
 
     def _get_train_sampler(self, train_dataset=None):
-        """Batches of similar lengths in random order, where transformers' own come sorted."""
-        if self.args.train_sampling_strategy != "group_by_length":
+        """Batches of a token budget, where the arguments ask for them."""
+        if self.args.train_sampling_strategy != "token_budget":
             return super()._get_train_sampler(train_dataset)
-        # Of the whole rows: the ones passed here have lost the columns that the model does not take.
-        lengths = self.train_dataset[self.args.length_column_name][:]
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return LengthGroupedBatches(lengths, self.args.train_batch_size, seed)
+        self._batches = self._token_budget(self.train_dataset, self.args.per_device_train_batch_tokens, seed=seed)
+        return self._batches
+
+    def _get_eval_sampler(self, eval_dataset):
+        """The longest rows first, as many at a time as the budget holds."""
+        return self._token_budget(eval_dataset, self.args.per_device_eval_batch_tokens, shuffle=False)
+
+    def _token_budget(self, dataset, max_tokens: int, **options) -> TokenBudgetBatches:
+        world = {"num_processes": self.args.world_size, "process_index": self.args.process_index}
+        return token_budget(dataset, max_tokens, **world, **options)
+
+    def get_test_dataloader(self, test_dataset):
+        """The rows of `predict()` keep their order, since its predictions are matched with them."""
+        return self._get_dataloader(
+            test_dataset, "test", self.args.eval_batch_size, sampler_fn=super()._get_eval_sampler
+        )
+
+    def _run_epoch(self, *, epoch: int, **kwargs):
+        """Tells the sampler its epoch, which the stock loop forgets in the epoch that a run resumes in."""
+        if self.args.train_sampling_strategy == "token_budget":
+            self._batches.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None, **gen_kwargs

@@ -6,6 +6,9 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 
+# Rows of logits that exist at a time in training. A few hundred are enough for full speed, and little memory.
+CHUNK = 256
+
 
 def label_smoothed_cross_entropy(
     logits: torch.Tensor,
@@ -30,11 +33,102 @@ def label_smoothed_cross_entropy(
         A scalar, float32 or wider. 0 where no position counts.
     """
     # Half-precision logits lose the small probabilities that smoothing adds up: reduce in float32.
-    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))  # [B*T, V]
+    logits = logits.flatten(0, 1).to(_reduction_dtype(logits))  # [B*T, V]
     labels = labels.flatten().to(logits.device)  # [B*T]
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return _per_token(total, labels, num_items_in_batch)
+
+
+def projected_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    `label_smoothed_cross_entropy` of the logits `hidden_states x weight^T + bias`, without ever holding them all.
+
+    Value and gradient are those of projection and loss one after the other, also under autocast. It differentiates
+    once: there is no gradient of the gradient.
+
+    Args:
+        hidden_states: the decoder's last states, `[B, T, d_model]`.
+        weight: the output matrix, `[V, d_model]`.
+        bias: `[V]`.
+        labels, label_smoothing, num_items_in_batch: as above.
+
+    Returns:
+        As above.
+    """
+    labels = labels.flatten().to(hidden_states.device)  # [B*T]
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    total = _ProjectedCrossEntropy.apply(hidden_states.flatten(0, 1), weight, bias, labels, label_smoothing, dtype)
+    return _per_token(total, labels, num_items_in_batch)
+
+
+def _reduction_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _per_token(total: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
+    if count is None:
+        count = (labels != IGNORE_INDEX).sum().clamp(min=1)
+    elif isinstance(count, torch.Tensor):
+        count = count.to(total.device)
+    return total / count
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    """
+    The summed loss of `[N, d_model]` states. Its gradient is made in the forward pass, chunk by chunk, where the
+    probabilities are at hand: the gradient of a row's loss in its logits is p - target, with p = softmax(logits).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels, smoothing, dtype):
+        """Multiplies matrices in `dtype`, as autocast would, and does the rest in float32 or wider."""
+        wide = _reduction_dtype(hidden_states)
+        kept = (labels != IGNORE_INDEX).to(wide)[:, None]  # [N, 1]
+        true = labels.clamp(min=0)
+        total = hidden_states.new_zeros((), dtype=wide)
+        grad_hidden = torch.empty_like(hidden_states, dtype=wide)
+        grad_weight = torch.zeros_like(weight, dtype=wide)
+        grad_bias = torch.zeros_like(bias, dtype=wide)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            # 1. p and what follows from it
+            matrix, offset = weight.to(dtype), bias.to(dtype)
+            for start in range(0, len(labels), CHUNK):
+                rows = slice(start, start + CHUNK)
+                states = hidden_states[rows].to(dtype)
+                logits = F.linear(states, matrix, offset).to(wide)  # [n, V]
+                target_logits = (1 - smoothing) * logits.gather(1, true[rows, None])
+                target_logits += smoothing * logits.mean(dim=1, keepdim=True)
+                highest = logits.amax(dim=1, keepdim=True)
+                p = logits.sub_(highest).exp_()
+                normalizer = p.sum(dim=1, keepdim=True)
+                total += ((highest + normalizer.log() - target_logits) * kept[rows]).sum()
+                p.mul_(kept[rows] / normalizer)
+                grad_bias += p.sum(dim=0)
+                p = p.to(dtype)
+                grad_hidden[rows] = (p @ matrix).to(wide)
+                grad_weight += p.T @ states
+            # 2. minus the target: 1 - smoothing on the true token, and a little on every one
+            even = smoothing / len(bias)
+            states = hidden_states.to(wide) * kept
+            grad_hidden -= kept * ((1 - smoothing) * weight.to(wide)[true] + even * weight.to(wide).sum(dim=0))
+            grad_weight.index_add_(0, true, states, alpha=smoothing - 1).sub_(even * states.sum(dim=0))
+            grad_bias.index_add_(0, true, kept[:, 0], alpha=smoothing - 1).sub_(even * kept.sum())
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden_states.dtype, weight.dtype, bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        """Scales what the forward pass left."""
+        grads = (
+            (grad_total * grad).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None

@@ -31,8 +31,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
+from .dropout_vanilla_transformer import Dropout, dropout as drop_out
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
-from .loss_vanilla_transformer import IGNORE_INDEX, label_smoothed_cross_entropy
+from .loss_vanilla_transformer import IGNORE_INDEX, label_smoothed_cross_entropy, projected_cross_entropy
 
 
 def scaled_dot_product_attention(
@@ -65,7 +66,7 @@ def scaled_dot_product_attention(
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    weights = drop_out(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights  # [B, T, H, d_v]
 
 
@@ -188,9 +189,9 @@ class TransformerLayer(GradientCheckpointingLayer):
     def __init__(self, config: VanillaTransformerConfig, ffn_dim: int):
         super().__init__()
         self.normalize_before = config.normalize_before
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.activation_fn = ACT2FN[config.activation_function]
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.activation_dropout = Dropout(config.activation_dropout)
         self.fc1 = nn.Linear(config.d_model, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
@@ -335,7 +336,7 @@ class TransformerStack(VanillaTransformerPreTrainedModel):
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         learned = config.position_embedding_type == "learned"
         self.embed_positions = LearnedPositions(config) if learned else SinusoidalPositions(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(num_layers)])
         # Post-norm layers end in a norm; pre-norm layers do not, so their sum is normalised once at the end.
         self.layer_norm = (
@@ -604,6 +605,7 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """
@@ -614,6 +616,8 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
                 the decoder's input, unless that is given.
             num_items_in_batch: number of target tokens of the whole update, by which the loss is divided. Default:
                 those in `labels`.
+            return_logits: whether training with `labels` returns logits too. The loss alone never holds them all,
+                which is faster and takes less memory. Without `labels`, and in evaluation, they are always there.
 
         Returns:
             `loss` in nats per token (smoothed by `config.label_smoothing` in training mode only), `logits` `[B, T, V]`,
@@ -636,11 +640,18 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)  # [B, T, V]
-        loss = None
-        if labels is not None:
-            smoothing = self.config.label_smoothing if self.training else 0.0
-            loss = label_smoothed_cross_entropy(logits, labels, smoothing, num_items_in_batch)
+        hidden_states, head = outputs.last_hidden_state, self.lm_head
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        logits = loss = None
+        # A head that something has wrapped or split up (LoRA, quantisation, tensor parallelism) is called as it is.
+        if self.training and labels is not None and not return_logits and type(head.weight) is nn.Parameter:
+            loss = projected_cross_entropy(
+                hidden_states, head.weight, head.bias, labels, smoothing, num_items_in_batch
+            )
+        else:
+            logits = head(hidden_states)  # [B, T, V]
+            if labels is not None:
+                loss = label_smoothed_cross_entropy(logits, labels, smoothing, num_items_in_batch)
         # The base model's outputs under their own names, with its last state replaced by what is predicted from it.
         recorded = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return Seq2SeqLMOutput(loss=loss, logits=logits, **recorded)

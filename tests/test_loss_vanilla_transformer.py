@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vanilla_transformer.loss_vanilla_transformer import label_smoothed_cross_entropy
+from vanilla_transformer.loss_vanilla_transformer import CHUNK, label_smoothed_cross_entropy, projected_cross_entropy
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_loss_is_its_definition(batch, smoothing):
 def test_the_model_smooths_in_training_and_never_in_evaluation(tiny_model, batch):
     model = tiny_model(dropout=0, label_smoothing=0.3)
     for training, smoothing in ((True, 0.3), (False, 0.0)):
-        outputs = model.train(training)(**batch)
+        outputs = model.train(training)(**batch, return_logits=True)
         expected = smoothed_by_hand(outputs.logits, batch["labels"], smoothing).mean()
         torch.testing.assert_close(outputs.loss.double(), expected, rtol=1e-6, atol=0)
 
@@ -104,3 +104,92 @@ def test_logits_in_half_precision_are_summed_in_float32():
 
 def test_a_float64_model_keeps_a_float64_loss(tiny_model, batch):
     assert tiny_model().double()(**batch).loss.dtype == torch.float64
+
+
+def projection(dtype: torch.dtype, rows: int = 2 * CHUNK + 37) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """States, output matrix and bias that need gradients, and labels of which a quarter do not count."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, rows, 24), (301, 24), (301,))
+    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    labels = torch.randint(0, 301, (1, rows), generator=generator)
+    return tensors, labels.masked_fill(torch.rand(1, rows, generator=generator) < 0.25, -100)
+
+
+def reference(tensors, labels, smoothing) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """torch's own projection and loss one after the other, in float64."""
+    states, weight, bias = (tensor.detach().double().requires_grad_() for tensor in tensors)
+    logits = F.linear(states, weight, bias)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
+    return loss, list(torch.autograd.grad(loss, (states, weight, bias)))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_projection_and_loss_in_one_agree_with_one_after_the_other(dtype, bound, smoothing):
+    tensors, labels = projection(dtype)
+    loss = projected_cross_entropy(*tensors, labels, smoothing)
+    expected, gradients = reference(tensors, labels, smoothing)
+    assert abs(loss.item() - expected.item()) <= bound * expected.item()
+    for found, gradient in zip(torch.autograd.grad(loss, tensors), gradients, strict=True):
+        assert relative(found, gradient) <= bound
+        assert found.dtype == dtype
+
+
+def test_projection_and_loss_in_one_agree_under_autocast():
+    """Its value is that of torch under autocast; its gradients are no further from the exact ones than torch's."""
+    tensors, labels = projection(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = projected_cross_entropy(*tensors, labels, 0.1)
+        logits = F.linear(*tensors)
+    by_torch = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(by_torch.item(), rel=1e-6)
+    _, exact = reference(tensors, labels, 0.1)
+    pairs = zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(by_torch, tensors), exact, strict=True)
+    for found, torchs, gradient in pairs:
+        assert found.dtype == torch.float32
+        assert relative(found, gradient) <= 1.1 * relative(torchs, gradient) + 1e-6
+
+
+def test_the_gradient_scales_with_what_follows_the_loss():
+    tensors, labels = projection(torch.float64, rows=9)
+    once, thrice = (torch.autograd.grad(k * projected_cross_entropy(*tensors, labels, 0.1), tensors) for k in (1, 3))
+    for a, b in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_training_never_holds_the_logits_of_all_tokens(tiny_model, batch):
+    """Between forward and backward nothing of the size [tokens, vocabulary] is kept, and nothing is made."""
+    shapes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            shapes.extend(tuple(tensor.shape) for tensor in [result] if isinstance(tensor, torch.Tensor))
+            return result
+
+    model = tiny_model(vocab_size=997, dropout=0).train()
+    labels = batch["labels"].repeat(1, 60)  # 8 x 360, more than one chunk
+    with Watch():
+        outputs = model(**batch | {"labels": labels})
+        outputs.loss.backward()
+    assert outputs.logits is None
+    largest = max(shape[0] for shape in shapes if len(shape) == 2 and shape[-1] == 997)
+    assert largest == CHUNK < labels.numel()
+    assert not any(len(shape) == 3 and shape[-1] == 997 for shape in shapes)
+
+
+def test_with_and_without_logits_training_is_the_same(tiny_model, batch):
+    found = []
+    for return_logits in (False, True):
+        model = tiny_model(dropout=0, label_smoothing=0.1).train()
+        outputs = model(**batch, return_logits=return_logits)
+        outputs.loss.backward()
+        assert (outputs.logits is not None) == return_logits
+        found.append([outputs.loss, *(parameter.grad for parameter in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -31,9 +31,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
-from .dropout_vanilla_transformer import Dropout, dropout as drop_out
+from .dropout_vanilla_transformer import Dropout, fast_dropout
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
-from .loss_vanilla_transformer import IGNORE_INDEX, label_smoothed_cross_entropy, projected_cross_entropy
+from .loss_vanilla_transformer import label_smoothed_cross_entropy, projected_cross_entropy, shift_right
 
 
 def scaled_dot_product_attention(
@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1)
-    weights = drop_out(weights, dropout, module.training)
+    weights = fast_dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights  # [B, T, H, d_v]
 
 
@@ -283,10 +283,10 @@ class VanillaTransformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier-uniform projections with zero biases; embeddings and the output matrix N(0, d_model^-0.5)."""
+        """Xavier-uniform projections, embeddings and output matrix N(0, d_model^-0.5); or all N(0, init_std)."""
         embedding_std = self.config.init_std or self.config.d_model**-0.5
         if isinstance(module, nn.Linear):
-            if module is self.get_output_embeddings():
+            if self.config.init_std or module is self.get_output_embeddings():
                 init.normal_(module.weight, std=embedding_std)
             else:
                 init.xavier_uniform_(module.weight)
@@ -549,13 +549,6 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         )
 
 
-def shift_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """The decoder's input for these labels, one position later: `[start, y_1, ..., y_{T-1}]` (Figure 1), `[B, T]`."""
-    shifted = labels.roll(1, dims=-1)
-    shifted[:, 0] = decoder_start_token_id
-    return shifted.masked_fill(shifted == IGNORE_INDEX, pad_token_id)
-
-
 class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
     """
     The Transformer with its output projection: logits = decoder x W + b, whose softmax is the probability of each
@@ -616,8 +609,7 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
                 the decoder's input, unless that is given.
             num_items_in_batch: number of target tokens of the whole update, by which the loss is divided. Default:
                 those in `labels`.
-            return_logits: whether training with `labels` returns logits too. The loss alone never holds them all,
-                which is faster and takes less memory. Without `labels`, and in evaluation, they are always there.
+            return_logits: whether training with `labels` gives logits too; the loss alone is faster without them.
 
         Returns:
             `loss` in nats per token (smoothed by `config.label_smoothing` in training mode only), `logits` `[B, T, V]`,
@@ -640,16 +632,14 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states, head = outputs.last_hidden_state, self.lm_head
+        hidden, head, logits, loss = outputs.last_hidden_state, self.lm_head, None, None
         smoothing = self.config.label_smoothing if self.training else 0.0
-        logits = loss = None
         # A head that something has wrapped or split up (LoRA, quantisation, tensor parallelism) is called as it is.
-        if self.training and labels is not None and not return_logits and type(head.weight) is nn.Parameter:
-            loss = projected_cross_entropy(
-                hidden_states, head.weight, head.bias, labels, smoothing, num_items_in_batch
-            )
+        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
+        if self.training and labels is not None and not return_logits and plain:
+            loss = projected_cross_entropy(hidden, head.weight, head.bias, labels, smoothing, num_items_in_batch)
         else:
-            logits = head(hidden_states)  # [B, T, V]
+            logits = head(hidden)  # [B, T, V]
             if labels is not None:
                 loss = label_smoothed_cross_entropy(logits, labels, smoothing, num_items_in_batch)
         # The base model's outputs under their own names, with its last state replaced by what is predicted from it.

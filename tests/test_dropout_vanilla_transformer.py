@@ -1,0 +1,52 @@
+"""The cheap dropout against what dropout is: a mask of independent coins, and the same mask in the gradient."""
+
+import pytest
+import torch
+
+from vanilla_transformer.dropout_vanilla_transformer import Dropout, fast_dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+def test_the_rate_and_the_scale_are_right(p, dtype):
+    torch.manual_seed(0)
+    x = torch.full((1001, 1003), 2.0, dtype=dtype)
+    dropped = fast_dropout(x, p, training=True)
+    zeros = (dropped == 0).double()
+    # Within five standard deviations of a million coins.
+    assert zeros.mean() == pytest.approx(p, abs=5 * (p * (1 - p) / x.numel()) ** 0.5)
+    kept = dropped[dropped != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - p)))
+
+
+def test_coins_are_independent():
+    """Four share one random number: neighbours, and elements of other draws, must still not know of each other."""
+    torch.manual_seed(0)
+    zeros = (fast_dropout(torch.ones(400_000), 0.4, training=True) == 0).double()
+    for distance in (1, 2, 3, 4, 5, 8):
+        together = (zeros[distance:] * zeros[:-distance]).mean()
+        assert together == pytest.approx(0.16, abs=0.004), distance
+
+
+def test_the_gradient_passes_where_the_value_did():
+    torch.manual_seed(0)
+    x = torch.randn(7, 13, dtype=torch.float64, requires_grad=True)  # not a multiple of four
+    dropped = fast_dropout(x, 0.3, training=True)
+    (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    torch.testing.assert_close(gradient * x, dropped)
+    assert set(gradient.unique().tolist()) == {0.0, 1 / 0.7}
+
+
+def test_torchs_seed_decides_the_mask():
+    module, masks = Dropout(0.5), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(module(torch.ones(100)))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.5, False), (0.0, True)])
+def test_nothing_is_dropped_in_evaluation_or_at_rate_0(p, training):
+    x = torch.randn(5, 3)
+    assert torch.equal(Dropout(p).train(training)(x), x)

@@ -13,7 +13,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="folder or Hub name of a trained model")
     parser.add_argument("--input", default="-", help="text file, plain or .gz (default: standard input)")
     parser.add_argument("--output", default="-", help="text file to write (default: standard output)")
-    parser.add_argument("--batch_size", type=int, default=64, help="lines translated together (default: 64)")
+    parser.add_argument(
+        "--batch_tokens", type=int, default=4096, help="source tokens of lines translated together (default: 4096)"
+    )
     parser.add_argument("--num_beams", type=int, help="width of the beam (default: the model's own)")
     parser.add_argument("--length_penalty", type=float, help="transformers' length_penalty (default: the model's own)")
     parser.add_argument("--max_new_tokens", type=int, help="longest translation in tokens (default: the model's own)")
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_model(arguments.model)
     names = ("num_beams", "length_penalty", "max_new_tokens")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    translations = translate(model, tokenizer, lines, arguments.batch_size, **options)
+    translations = translate(model, tokenizer, lines, arguments.batch_tokens, **options)
     # A line is a line: a line feed that the model wrote would shift all that follow.
     text = "".join(translation.replace("\n", " ") + "\n" for translation in translations)
     if arguments.output == "-":

@@ -19,6 +19,7 @@ from vanilla_transformer.training.data import (
     tokenize_pairs,
     training_texts,
 )
+from vanilla_transformer.training.filters import FilterReport
 
 
 SOURCES = ['a "quoted" house', "NA", "007"]
@@ -249,6 +250,11 @@ BAD_DATA = {
         {"train_file": ["en", "de"], "max_train_samples": 0},
         "max_train_samples=0 must be at least 1",
     ),
+    "ratio below 1": (
+        BOTH,
+        {"train_file": ["en", "de"], "max_length_ratio": 0.5},
+        "max_length_ratio=0.5 must be at least 1",
+    ),
     "unknown dataset": ({}, {"dataset": "./nowhere"}, "nowhere: no such folder"),
     "unknown locale": ({}, {"dataset": "phrasebook:en-xx"}, "phrasebook:en-xx: "),
 }
@@ -279,9 +285,33 @@ def test_empty_sides_leave_training_and_stay_in_evaluation(caplog):
     assert rows_of(pairs["train"]) == [("a", "x")]
     assert rows_of(pairs["test"]) == [("a", "x"), ("", "y"), ("c", "\u3000"), (" \t", "z")]
     assert caplog.messages == [
-        "train: left out 3 of 4 rows with an empty side (first: row 2)",
         "test: 3 of 4 rows with an empty side, kept (first: row 2)",
+        "train: kept 1 of 4 rows\n  left out  first row  because of\n         3          2  an empty side",
     ]
+
+
+def test_filters_leave_out_training_rows_alone_and_are_reported_once_for_text_and_tokens(tokenizer, caplog):
+    sources = ["a house", "a house", "", "same", "a dog", "seven letters, seven"]
+    targets = ["ein Haus", "ein Haus", "x", "same", "ein gro\u00c3\u0178er Hund", "7"]
+    files = write({"en": text(*sources), "de": text(*targets)})
+    data = DataArguments(
+        train_file=files, validation_file=files, drop_duplicates=True, drop_identical=True, drop_bad_encoding=True,
+        max_length_ratio=2, bpe_dropout=0.1,
+    )  # fmt: skip
+    report = FilterReport()
+    pairs = load_pairs(data, report)
+    assert rows_of(pairs["train"]) == [(sources[row], targets[row]) for row in (0, 5)]
+    assert rows_of(pairs["validation"]) == list(zip(sources, targets, strict=True))
+    rows = tokenize_pairs(pairs["train"], tokenizer, data, "train", report)
+    assert rows["input_ids"][:] == [tokenizer(sources[0])["input_ids"]]
+    assert [sum(words) for words in rows["source_words"]] == [len(ids) for ids in rows["input_ids"]]
+    validation = tokenize_pairs(pairs["validation"], tokenizer, data, "validation", report)
+    assert (len(validation), validation.column_names) == (6, ["input_ids", "labels"])
+    (table,) = (message for message in caplog.messages if message.startswith("train"))
+    assert [line.split()[:3] for line in table.splitlines()] == [
+        ["train:", "kept", "1"], ["left", "out", "first"],
+        ["1", "2", "a"], ["1", "3", "an"], ["1", "4", "identical"], ["1", "5", "a"], ["1", "6", "a"],
+    ]  # fmt: skip
 
 
 def test_the_first_rows_can_be_asked_for():
@@ -297,11 +327,10 @@ def tokenizer():
 
 def test_ids_are_those_of_the_tokenizer_with_eos(tokenizer):
     rows = tokenize_pairs(Dataset.from_list(PAIRS), tokenizer, DataArguments(), "train")
-    assert rows.column_names == ["input_ids", "labels", "length"]
+    assert rows.column_names == ["input_ids", "labels"]
     for row, pair in zip(rows, PAIRS, strict=True):
         assert row["input_ids"] == tokenizer(pair["source"])["input_ids"]
         assert row["labels"] == tokenizer(pair["target"])["input_ids"]
-        assert row["length"] == len(row["input_ids"]) + len(row["labels"])
         assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
 
 
@@ -312,16 +341,16 @@ def test_overlong_rows_leave_training_and_stay_in_evaluation(tokenizer, caplog, 
     pairs = Dataset.from_list(PAIRS)
     assert len(tokenize_pairs(pairs, tokenizer, data, "train")) == 2
     assert len(tokenize_pairs(pairs, tokenizer, data, "validation")) == 3
-    assert (
-        f"train: left out 1 of 3 rows with more than max_source_length={data.max_source_length}" in caplog.messages[0]
+    assert caplog.messages[0] == (
+        "train: kept 2 of 3 rows\n  left out  first row  because of\n"
+        f"         1          1  more than {field}={limit} tokens"
     )
-    assert "(first: row 1)" in caplog.messages[0]
     assert "validation: 1 of 3 rows" in caplog.messages[1]
     assert "kept" in caplog.messages[1]
 
 
 def test_no_row_short_enough_is_an_error(tokenizer):
-    with pytest.raises(DataError, match="every row was left out, for more than max_source_length=1 or"):
+    with pytest.raises(DataError, match="every row was left out, 3 for more than max_source_length=1 tokens"):
         tokenize_pairs(Dataset.from_list(PAIRS), tokenizer, DataArguments(max_source_length=1), "train")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -37,7 +38,7 @@ decoder_attention_heads: 2
 encoder_ffn_dim: 64
 decoder_ffn_dim: 64
 dropout: 0.0
-per_device_train_batch_size: {batch}
+per_device_train_batch_tokens: {tokens}
 learning_rate: 0.01
 warmup_steps: 20
 max_steps: 120
@@ -52,8 +53,8 @@ metric_for_best_model: exact_match
 output_dir: {output}
 """
 TWO_PROCESSES = [
-    "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-    "--dynamo_backend=no", "--main_process_port=0", "-m",
+    "accelerate.commands.launch", "--config_file", ROOT / "training" / "accelerate" / "many_gpus.yaml",
+    "--num_processes=2", "-m",
 ]  # fmt: skip
 COLOURS = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß", "black": "schwarz", "grey": "grau"}
 THINGS = {"dog": "Hund", "cat": "Katze", "house": "Haus", "tree": "Baum", "car": "Auto", "book": "Buch"}
@@ -63,14 +64,14 @@ PAIRS = [(f"{c} {t}", f"{THINGS[t]} {COLOURS[c]}") for c in COLOURS for t in THI
 LEARNED = 0.6
 
 
-def write_recipe(folder: Path, batch: int = 30, output: str = "run") -> Path:
+def write_recipe(folder: Path, tokens: int = 150, output: str = "run") -> Path:
     """A task that a tiny model learns in seconds: every colour with every thing, six of them held out."""
     held_out, known = PAIRS[::7], [pair for pair in PAIRS if pair not in PAIRS[::7]]
     (folder / "train.en").write_text("".join(f"{source}\n" for source, _ in known), encoding="utf-8")
     (folder / "train.de").write_text("".join(f"{target}\n" for _, target in known), encoding="utf-8")
     rows = [json.dumps({"source": source, "target": target}) for source, target in held_out]
     (folder / "valid.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(RECIPE.format(data=folder, output=folder / output, batch=batch))
+    (folder / "recipe.yaml").write_text(RECIPE.format(data=folder, output=folder / output, tokens=tokens))
     return folder / "recipe.yaml"
 
 
@@ -138,10 +139,10 @@ def test_the_python_code_of_the_model_card_runs(finished):
     assert metrics["example_translation"] in run(sys.executable, "-c", code).stdout
 
 
-@pytest.mark.parametrize(("launcher", "batch"), [([], 32), (TWO_PROCESSES, 16)], ids=["python -m", "accelerate launch"])
-def test_a_short_run_on_the_phrasebook_learns(launcher, batch, tmp_path):
+@pytest.mark.parametrize(("launcher", "tokens"), [([], 400), (TWO_PROCESSES, 200)], ids=["python -m", "two processes"])
+def test_a_short_run_on_the_phrasebook_learns(launcher, tokens, tmp_path):
     """Its held-out loss falls under half of what the frequencies of the subwords alone would give."""
-    recipe = write_recipe(tmp_path, batch).read_text().replace("train_file", "dataset: phrasebook:en-de #")
+    recipe = write_recipe(tmp_path, tokens).read_text().replace("train_file", "dataset: phrasebook:en-de #")
     (tmp_path / "phrases.yaml").write_text(recipe.replace("validation_file", "phrasebook_size: 3000 #"))
     options = ["--max_steps", 420, "--learning_rate", 0.005, "--d_model", 64, "--vocab_size", 600]
     options += ["--max_eval_samples", 100]
@@ -244,11 +245,12 @@ def make_trainer(model, rows, folder, **options) -> TranslationTrainer:
     args = TrainingArguments(
         output_dir=str(folder), report_to="none", eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
         learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", warmup_steps=0, disable_tqdm=True,
-        train_sampling_strategy="sequential", **options,
+        **{"train_sampling_strategy": "sequential", **options},
     )  # fmt: skip
     # It only pads, with 0 and -100.
     collator = DataCollatorForSeq2Seq(train_tokenizer(["text"], 300))
-    return TranslationTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+    data = Dataset.from_list(rows)
+    return TranslationTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collator)
 
 
 def uneven_rows(count: int = 8) -> list[dict]:
@@ -277,7 +279,7 @@ def test_one_update_is_the_same_however_its_batch_is_split(tiny_model, tmp_path)
 
 def test_evaluation_reports_the_true_negative_log_likelihood_per_token(tiny_model, tmp_path):
     model, rows = tiny_model(label_smoothing=0.3), uneven_rows(7)
-    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_size=3, predict_with_generate=False)
+    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_tokens=16, predict_with_generate=False)
     metrics = trainer.evaluate()
 
     nll, count = 0.0, 0
@@ -294,7 +296,7 @@ def test_evaluation_reports_the_true_negative_log_likelihood_per_token(tiny_mode
 def test_evaluation_leaves_the_generation_config_as_it_was(tiny_model, tmp_path):
     model = tiny_model()
     before = model.generation_config.to_dict()
-    make_trainer(model, uneven_rows(), tmp_path, per_device_eval_batch_size=4).evaluate()
+    make_trainer(model, uneven_rows(), tmp_path, per_device_eval_batch_tokens=16).evaluate()
     assert model.generation_config.to_dict() == before
     # Nothing ends these sentences but the limit: the source's length + 50.
     model.lm_head.bias.data[model.config.eos_token_id] = -1e9
@@ -305,7 +307,7 @@ def test_smoothing_in_the_model_agrees_with_transformers_label_smoother(tiny_mod
     model = tiny_model(label_smoothing=0.1, dropout=0.0).train()
     sources, mask = padded()
     labels = padded(seed=3)[0].masked_fill(padded(seed=3)[1] == 0, -100)
-    output = model(input_ids=sources, attention_mask=mask, labels=labels)
+    output = model(input_ids=sources, attention_mask=mask, labels=labels, return_logits=True)
     reference = LabelSmoother(epsilon=0.1)({"logits": output.logits}, labels)
     assert output.loss.item() == pytest.approx(reference.item(), rel=1e-5)
     unsmoothed = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -60,6 +62,9 @@ class ModelArguments:
         default=None, metadata={"help": "one matrix for target embeddings and output projection"}
     )
     label_smoothing: float | None = field(default=None, metadata={"help": "smoothing of the training loss"})
+    init_std: float | None = field(
+        default=None, metadata={"help": "spread of every new matrix (default: Xavier; d_model**-0.5 for embeddings)"}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: the fastest there)"}
     )
@@ -117,8 +122,26 @@ class DataArguments:
     max_target_length: int = field(
         default=256, metadata={"help": "training rows with more target tokens are left out, and counted"}
     )
+    max_length_ratio: float | None = field(
+        default=None, metadata={"help": "training rows with a side of more than so many times the other's tokens, too"}
+    )
+    drop_duplicates: bool = field(default=False, metadata={"help": "leave out training rows that came before"})
+    drop_identical: bool = field(default=False, metadata={"help": "leave out training rows of two equal sides"})
+    drop_bad_encoding: bool = field(
+        default=False, metadata={"help": "leave out training rows that were decoded wrongly (e.g. Ã¼ for ü)"}
+    )
+    bpe_dropout: float = field(
+        default=0.0,
+        metadata={"help": "rate at which merges of BPE are skipped, anew in each epoch of training (the paper: 0.1)"},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "use only the first rows"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "likewise for validation and test"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read training rows as they are needed; max_steps says how many batches"}
+    )
+    shuffle_buffer: int = field(
+        default=100_000, metadata={"help": "streamed rows that are sorted into batches and shuffled together"}
+    )
     phrasebook_size: int = field(default=50_000, metadata={"help": "training phrases of the phrasebook"})
 
     def __post_init__(self):
@@ -180,9 +203,24 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a better score"}
     )
+    hold_memory: bool = field(
+        default=True, metadata={"help": "on a CPU: keep freed memory for the next update (false: give it back)"}
+    )
     average_checkpoints: int | None = field(
         default=None,
         metadata={"help": "end with the mean of the last so many checkpoints (the paper: 5, big 20)"},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "evaluate and end with the exponential mean of the weights after each update (e.g. 0.999)"},
+    )
+    r_drop_alpha: float = field(
+        default=0.0,
+        metadata={"help": "R-Drop: weight of the divergence between two passes with other dropout (the paper: 5)"},
+    )
+    check: bool = field(
+        default=False,
+        metadata={"help": "only check everything, time a few updates, say what the run will take, and write nothing"},
     )
     # HfArgumentParser needs None first.
     report_to: None | str | list[str] = field(  # noqa: RUF036
@@ -195,10 +233,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} is the Trainer's slow smoothing, outside the "
                 "model: set label_smoothing instead"
             )
-        if self.average_checkpoints and self.save_total_limit and self.average_checkpoints > self.save_total_limit:
+        if self.train_sampling_strategy == "token_budget" and self.per_device_train_batch_size != 8:
             raise RecipeError(
-                f"average_checkpoints={self.average_checkpoints} is more than are kept: "
-                f"save_total_limit={self.save_total_limit} must be at least as many"
+                f"per_device_train_batch_size={self.per_device_train_batch_size} counts rows, and batches are made by "
+                "tokens: set per_device_train_batch_tokens instead (or train_sampling_strategy=random)"
             )
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
         if metric not in BEST_METRICS:
@@ -209,6 +247,43 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
+        self._check_endings()
+
+    def _check_endings(self) -> None:
+        """Refuses what cannot decide together which weights the run ends with."""
+        least = {"average_checkpoints": 1, "early_stopping_patience": 1, "r_drop_alpha": 0}
+        for name, value in ((name, getattr(self, name)) for name in least):
+            if value is not None and value < least[name]:
+                raise RecipeError(f"{name}={value} must be at least {least[name]}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise RecipeError(f"ema_decay={self.ema_decay} must lie between 0 and 1, and near 1, e.g. 0.999")
+        if self.average_checkpoints and self.save_total_limit and self.average_checkpoints > self.save_total_limit:
+            raise RecipeError(
+                f"average_checkpoints={self.average_checkpoints} is more than are kept: "
+                f"save_total_limit={self.save_total_limit} must be at least as many"
+            )
+        if self.average_checkpoints and self.load_best_model_at_end:
+            raise RecipeError(
+                f"average_checkpoints={self.average_checkpoints} ends with the mean of the last checkpoints, "
+                "load_best_model_at_end=True with the best: set load_best_model_at_end to false, or leave "
+                "average_checkpoints out"
+            )
+        if self.average_checkpoints and self.ema_decay is not None:
+            raise RecipeError(
+                f"average_checkpoints={self.average_checkpoints} ends with one mean of weights, "
+                f"ema_decay={self.ema_decay} with another: leave one of them out"
+            )
+        if self.average_checkpoints and self.save_strategy == "no":
+            raise RecipeError(
+                f"average_checkpoints={self.average_checkpoints} has nothing to average with save_strategy=no: "
+                "set save_strategy to epoch or steps"
+            )
+        if self.early_stopping_patience and (self.eval_strategy == "no" or not self.metric_for_best_model):
+            raise RecipeError(
+                f"early_stopping_patience={self.early_stopping_patience} has no score to follow with eval_strategy="
+                f"{IntervalStrategy(self.eval_strategy).value} and metric_for_best_model={self.metric_for_best_model}"
+                ": set both"
+            )
 
 
 class Recipe(NamedTuple):
@@ -228,6 +303,11 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
         main(argv)
     except (UserError, StrictDataclassError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -260,7 +340,50 @@ def parse_recipe(argv: list[str]) -> Recipe:
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    if data.streaming:
+        _check_streaming(data, training)
+    if data.bpe_dropout and not tokenizer.tokenizer and tokenizer.tokenizer_model != "bpe":
+        raise RecipeError(
+            f"bpe_dropout={data.bpe_dropout} drops merges, and tokenizer_model={tokenizer.tokenizer_model} has none: "
+            "set bpe_dropout to 0, or tokenizer_model to bpe"
+        )
     return Recipe(model, tokenizer, data, decoding, training, given)
+
+
+def _check_streaming(data: DataArguments, training: TrainingArguments) -> None:
+    """
+    Refuses what a stream of training rows cannot do.
+
+    Raises:
+        RecipeError: names the field, and what would be right.
+    """
+    budget = training.per_device_train_batch_tokens
+    refused: dict[str, tuple[bool, str]] = {
+        "max_steps": (training.max_steps <= 0, "a stream has no length: say after how many updates the run ends"),
+        "train_sampling_strategy": (
+            training.train_sampling_strategy != "token_budget",
+            "batches of a stream are made by tokens: set token_budget",
+        ),
+        "eval_strategy": (training.eval_strategy == "epoch", "a stream has no epochs: set steps, and eval_steps"),
+        "save_strategy": (training.save_strategy == "epoch", "a stream has no epochs: set steps, and save_steps"),
+        "dataloader_num_workers": (training.dataloader_num_workers > 0, "a stream reads ahead by a thread: set 0"),
+        "ignore_data_skip": (training.ignore_data_skip, "a stream resumes where it stopped, at no cost: set false"),
+        "dataset": (
+            (data.dataset or "").startswith("phrasebook:"),
+            "the phrasebook is small, and made in memory: set streaming to false",
+        ),
+        "drop_duplicates": (
+            data.drop_duplicates,
+            "it needs all rows that came before in memory: leave duplicates out of the data beforehand",
+        ),
+        "bpe_dropout": (data.bpe_dropout > 0, "it cuts rows that stay in memory: set 0"),
+        "max_source_length": (data.max_source_length > budget, f"no batch of {budget} tokens holds such a row"),
+        "max_target_length": (data.max_target_length > budget, f"no batch of {budget} tokens holds such a row"),
+    }
+    for name, (wrong, reason) in refused.items():
+        if wrong:
+            value = (vars(training) | vars(data))[name]
+            raise RecipeError(f"{name}={getattr(value, 'value', value)} does not go with streaming: {reason}")
 
 
 def read_recipe(name: str, variant: str | None, fields: set[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class TokenBudgetBatches(BatchRebalanceSampler):
     Rows are sorted by both lengths and cut where the budget is full, so that next to nothing is padded. Each epoch
     shuffles which of the rows of equal lengths meet, and the order of the batches (without that, updates would go from
     long sentences to short ones, and a small model forgets the ones while it learns the others). The sizes of the
-    batches stay, and so does their number: a run can resume at any batch, and every process has the same number of them.
+    batches stay, and so does their number: a run can resume at any batch, and every process has as many.
 
     Args:
         source_lengths: tokens of each row's source.
@@ -58,15 +58,15 @@ class TokenBudgetBatches(BatchRebalanceSampler):
         longest = torch.maximum(sources, targets)
         if longest.max() > max_tokens:
             raise BatchError(
-                f"row {longest.argmax() + 1} has {longest.max()} tokens, more than a batch may hold: raise the budget of "
-                f"{max_tokens} tokens (per_device_train_batch_tokens, per_device_eval_batch_tokens), or leave longer "
-                "rows out by max_source_length and max_target_length"
+                f"row {longest.argmax() + 1} has {longest.max()} tokens, more than a batch may hold: raise the budget "
+                f"of {max_tokens} tokens (per_device_train_batch_tokens, per_device_eval_batch_tokens), or leave "
+                "longer rows out by max_source_length and max_target_length"
             )
         if len(sources) < num_processes:
             raise BatchError(f"{len(sources)} rows cannot be dealt to {num_processes} processes: add data")
         self.key = targets * (sources.max() + 1) + sources
         order = self.key.argsort(descending=True, stable=True)
-        self.sizes = batch_sizes(sources[order].tolist(), targets[order].tolist(), max_tokens, num_processes)
+        self.sizes = batch_sizes(longest[order].tolist(), max_tokens, num_processes)
 
         shapes = [part.max() * len(part) for side in (sources, targets) for part in side[order].split(self.sizes)]
         #: Share of a batch's places that hold padding, both sides together.
@@ -88,19 +88,19 @@ class TokenBudgetBatches(BatchRebalanceSampler):
             yield batches[number].tolist()
 
 
-def batch_sizes(sources: list[int], targets: list[int], max_tokens: int, multiple_of: int) -> list[int]:
+def batch_sizes(lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[int]:
     """
-    How many rows each batch takes, for rows in the given order: as many as `max_tokens` padded tokens hold on both
-    sides. The largest batches are halved until their number is a multiple of `multiple_of`.
+    How many rows each batch takes, for rows of these lengths in this order: as many as `max_tokens` padded tokens hold,
+    and one at least. The largest batches are halved until their number is a multiple of `multiple_of`.
     """
     sizes, size, longest = [], 0, 0
-    for row in map(max, sources, targets):
-        longest = max(longest, row)
-        if (size + 1) * longest > max_tokens:
+    for length in lengths:
+        longest = max(longest, length)
+        if size and (size + 1) * longest > max_tokens:
             sizes.append(size)
-            size, longest = 0, row
+            size, longest = 0, length
         size += 1
-    sizes.append(size)
+    sizes += [size] if size else []
     while len(sizes) % multiple_of:
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         half = sizes[largest] // 2

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments, UserError
+from .bpe_dropout import WORDS, word_lengths
+from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
 
 
 logger = logging.getLogger(__name__)
@@ -80,15 +82,20 @@ def expand_path(path: str, folder: str | None = None) -> Path:
     return expand_path(folder) / expanded if folder else expanded
 
 
-def load_pairs(data: DataArguments) -> DatasetDict:
+def load_pairs(data: DataArguments, report: FilterReport | None = None) -> DatasetDict:
     """
     Loads the parallel text that `data` names.
 
-    Rows of the training split in which a side is empty are left out, and counted in a warning. In the other splits
-    they stay, since scores compare only over the same rows.
+    Rows of the training split in which a side is empty are left out, and those that a filter of `data` finds. In the
+    other splits they stay, since scores compare only over the same rows, and empty sides are counted in a warning.
+
+    Args:
+        data: where the text is.
+        report: is told of the training rows that are left out, to be logged later. Without one they are logged now.
 
     Returns:
-        Those of the splits train, validation and test that are there, with the string columns `source` and `target`.
+        Those of the splits train (unless it is streamed), validation and test that are there, with the string columns
+        `source` and `target`.
 
     Raises:
         DataError: see the message.
@@ -97,7 +104,13 @@ def load_pairs(data: DataArguments) -> DatasetDict:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     splits = _load_dataset(data) if data.dataset else _load_files(data)
-    return DatasetDict({split: _clean(columns, split, data) for split, columns in splits.items()})
+    if data.streaming and not splits:
+        raise DataError("streaming leaves nothing to score the model by: name data for validation or test")
+    filters = report or FilterReport()
+    pairs = DatasetDict({split: _clean(columns, split, data, filters) for split, columns in splits.items()})
+    if report is None and "train" in pairs:
+        _log(filters)
+    return pairs
 
 
 def language_pair(data: DataArguments) -> tuple[str | None, str | None]:
@@ -108,7 +121,7 @@ def language_pair(data: DataArguments) -> tuple[str | None, str | None]:
     return data.source_lang, data.target_lang
 
 
-def training_texts(pairs: Dataset) -> Iterator[str]:
+def training_texts(pairs: Dataset | datasets.IterableDataset) -> Iterator[str]:
     """Every source and every target, for train_tokenizer."""
     for batch in pairs.iter(batch_size=1000):
         yield from chain(batch["source"], batch["target"])
@@ -120,10 +133,22 @@ def _check_arguments(data: DataArguments) -> None:
         raise DataError(f"dataset={data.dataset!r} and {named[0]} are both given: choose one source of data")
     if not data.dataset and not named:
         raise DataError("no data: give a dataset, or train_file, validation_file or test_file")
-    for name in ("max_train_samples", "max_eval_samples", "max_source_length", "max_target_length"):
+    for name in ("max_train_samples", "max_eval_samples", "max_source_length", "max_target_length", "shuffle_buffer"):
         value = getattr(data, name)
         if value is not None and value < 1:
             raise DataError(f"{name}={value} must be at least 1")
+    if not 0 <= data.bpe_dropout <= 1:
+        raise DataError(f"bpe_dropout={data.bpe_dropout} must lie between 0 and 1: it is a probability")
+    if data.max_length_ratio is not None and data.max_length_ratio < 1:
+        raise DataError(
+            f"max_length_ratio={data.max_length_ratio} must be at least 1: it is the tokens of the longer side over "
+            "those of the shorter"
+        )
+
+
+def _in_memory(data: DataArguments) -> tuple[str, ...]:
+    """The splits that are loaded whole."""
+    return SPLITS[1:] if data.streaming else SPLITS
 
 
 def _load_dataset(data: DataArguments) -> dict[str, Columns]:
@@ -132,16 +157,17 @@ def _load_dataset(data: DataArguments) -> dict[str, Columns]:
         from .phrasebook import load_phrasebook
 
         pair = data.dataset.removeprefix(PHRASEBOOK)
-        loaded = _read(data.dataset, load_phrasebook, pair, train_size=data.phrasebook_size)
+        loaded = read(data.dataset, load_phrasebook, pair, train_size=data.phrasebook_size)
     else:
         path = expand_path(data.dataset)
         if data.dataset.startswith((".", "/", "~", "$")) and not path.exists():
             raise DataError(f"{path}: no such folder")
-        loaded = _read(data.dataset, datasets.load_dataset, str(path), data.dataset_config)
-    splits = {split: _columns(loaded[split]) for split in SPLITS if split in loaded}
-    if not splits:
+        # Streamed, a dataset's other splits come without a download of the whole.
+        loaded = read(data.dataset, datasets.load_dataset, str(path), data.dataset_config, streaming=data.streaming)
+    found = [split for split in SPLITS if split in loaded]
+    if not found:
         raise DataError(f"{data.dataset}: no split is named {_listed(SPLITS)}: there are {_listed(loaded)}")
-    return splits
+    return {split: _columns(loaded[split]) for split in found if split in _in_memory(data)}
 
 
 def _load_files(data: DataArguments) -> dict[str, Columns]:
@@ -151,7 +177,7 @@ def _load_files(data: DataArguments) -> dict[str, Columns]:
     for path in chain(*paths.values()):
         if not path.exists():
             raise DataError(f"{path}: no such file")
-    return {split: _load_split(split, found) for split, found in paths.items()}
+    return {split: _load_split(split, found) for split, found in paths.items() if split in _in_memory(data)}
 
 
 def _load_split(split: str, paths: list[Path]) -> Columns:
@@ -173,23 +199,35 @@ def _load_parallel_text(source: Path, target: Path) -> Columns:
 
 
 def _load_table(path: Path) -> Columns:
+    if path.suffix == ".parquet":
+        return _columns(read(path, datasets.load_dataset, "parquet", data_files=str(path), split="train"))
+    rows = [row for _, row in table_rows(path)]
+    names = dict.fromkeys(chain.from_iterable(rows))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """
+    Yields the rows of a .jsonl, .json, .csv or .tsv file, plain or .gz, one by one, each with the number of its line.
+
+    Raises:
+        DataError: another kind of file, or a row that cannot be read (names the line).
+    """
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
     if suffix in ("jsonl", "json"):
-        return _load_json(path)
+        return _json_rows(path)
     if suffix == "csv":
-        return _load_csv(path, delimiter=",")
+        return _csv_rows(path, delimiter=",")
     if suffix == "tsv":
         # Here a quotation mark is text, as the media type has it (text/tab-separated-values, IANA).
-        return _load_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-    if suffix == "parquet":
-        return _columns(_read(path, datasets.load_dataset, "parquet", data_files=str(path), split="train"))
+        return _csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE)
     raise DataError(
         f"{path}: the suffix of a data file must be .jsonl, .json, .csv, .tsv or .parquet "
         "(parallel text takes two files: source, then target)"
     )
 
 
-def _load_csv(path: Path, **form: Any) -> Columns:
+def _csv_rows(path: Path, **form: Any) -> Iterator[tuple[int, dict[str, str]]]:
     """
     A first line of names, then rows. Every value is text.
 
@@ -198,34 +236,34 @@ def _load_csv(path: Path, **form: Any) -> Columns:
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True, **form)
     try:
         header = next(reader, [])
-        rows = []
         for row in filter(None, reader):
             if len(row) != len(header):
                 raise DataError(f"{path}, line {reader.line_num}: {len(row)} values, under {len(header)} column names")
-            rows.append(row)
+            yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
-    return {name: [row[column] for row in rows] for column, name in enumerate(header)}
 
 
-def _load_json(path: Path) -> Columns:
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
-    One object per line, or one list of objects.
+    One object per line, or one list of objects (which is read whole, and its objects numbered).
 
     `datasets` would read text that looks like a date as a time, and its errors tell no line.
     """
-    lines = list(read_lines(path))
-    if lines and lines[0].startswith("["):
-        rows = _parse_json("\n".join(lines), path)
+    lines = read_lines(path)
+    first = next(lines, "")
+    rows: Iterable[tuple[int, Any]]
+    if first.startswith("["):
+        unit, rows = "row", enumerate(_parse_json("\n".join([first, *lines]), path), 1)
     else:
-        rows = [_parse_json(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, row in enumerate(rows, 1):
+        numbered = enumerate(chain([first], lines), 1)
+        unit, rows = "line", ((number, _parse_json(line, path, number)) for number, line in numbered if line.strip())
+    for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: must be an object with a source and a target, not {row!r}")
+            raise DataError(f"{path}, {unit} {number}: must be an object with a source and a target, not {row!r}")
         if isinstance(row.get("translation"), dict):
             row.update({f"translation.{language}": text for language, text in row.pop("translation").items()})
-    names = dict.fromkeys(chain.from_iterable(rows))
-    return {name: [row.get(name) for row in rows] for name in names}
+        yield number, row
 
 
 def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
@@ -235,7 +273,7 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         raise DataError(f"{path}, line {first_line + error.lineno - 1}: this is not JSON ({error.msg})") from error
 
 
-def _read(name: str | Path, load: Callable, *args: Any, **options: Any) -> Any:
+def read(name: str | Path, load: Callable, *args: Any, **options: Any) -> Any:
     """Calls a function of `datasets`, whose errors seldom name the dataset or file."""
     try:
         return load(*args, **options)
@@ -243,30 +281,30 @@ def _read(name: str | Path, load: Callable, *args: Any, **options: Any) -> Any:
         raise DataError(f"{name}: cannot be read ({error.__cause__ or error})") from error
 
 
-def _columns(rows: Dataset) -> Columns:
+def _columns(rows: Dataset | datasets.IterableDataset) -> Columns:
+    if isinstance(rows, datasets.IterableDataset):
+        rows = Dataset.from_list(list(rows), features=rows.features)
     rows = rows.flatten()  # a `translation` becomes translation.en, translation.de
     return {name: rows[name] for name in rows.column_names}
 
 
-def _clean(columns: Columns, split: str, data: DataArguments) -> Dataset:
-    """The two columns, every value of which is checked, without the rows that training cannot use."""
+def _clean(columns: Columns, split: str, data: DataArguments, report: FilterReport) -> Dataset:
+    """The two columns, every value of which is checked, without the rows that training should not use."""
     if not any(map(len, columns.values())):
         raise DataError(f"{split}: the data is empty, it has no rows")
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
-    sources, targets = (columns[name][:limit] for name in _choose_columns(list(columns), split, data))
-    empty = []
+    sources, targets = (columns[name][:limit] for name in choose_columns(list(columns), split, data))
     for index, pair in enumerate(zip(sources, targets, strict=True)):
         for side, text in zip(SIDES, pair, strict=True):
             if not isinstance(text, str):
                 raise DataError(f"{split}, row {index + 1}: the {side} is {text!r}, and must be text")
-        if not all(text.strip() for text in pair):
-            empty.append(index)
     features = Features({side: Value("string") for side in SIDES})
-    pairs = _read(split, Dataset.from_dict, {"source": sources, "target": targets}, features=features)
-    return _leave_out(pairs, empty, "an empty side", split)
+    pairs = read(split, Dataset.from_dict, {"source": sources, "target": targets}, features=features)
+    tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty}
+    return _filter(pairs, tests, zip(sources, targets, strict=True), split, report)
 
 
-def _choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple[str, ...]:
+def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple[str, ...]:
     """The columns that `data` names, or those that name themselves."""
     names: tuple[str | None, ...] = (data.source_lang, data.target_lang)
     if data.source_column or data.target_column:
@@ -284,56 +322,85 @@ def _choose_columns(columns: list[str], split: str, data: DataArguments) -> tupl
     return tuple(map(str, names))
 
 
-def _leave_out(pairs: Dataset, numbers: list[int], what: str, split: str) -> Dataset:
-    """`pairs` without the rows `numbers` if it is for training, else whole; either way it is reported."""
-    if not numbers:
-        return pairs
-    first = f"first: row {numbers[0] + 1}"
-    if split != "train":
-        logger.warning("%s: %d of %d rows with %s, kept (%s)", split, len(numbers), len(pairs), what, first)
-        return pairs
-    logger.warning("train: left out %d of %d rows with %s (%s)", len(numbers), len(pairs), what, first)
-    left = sorted(set(range(len(pairs))).difference(numbers))
-    if not left:
-        raise DataError(f"train: every row was left out, for {what}")
-    return pairs.select(left)
+def _filter(rows: Dataset, tests: Tests, values: Iterable[tuple], split: str, report: FilterReport) -> Dataset:
+    """`rows` without those that fail a test if they are for training, else whole, with a warning."""
+    if split == "train":
+        kept = filter_rows(rows, tests, values, report)
+        if not len(kept):
+            reasons = (f"{count} for {reason}" for reason, (count, _) in report.left_out.items())
+            raise DataError(f"train: every row was left out, {_listed(reasons)}")
+        return kept
+    found = FilterReport()
+    filter_rows(rows, tests, values, found)
+    for reason, (count, first) in found.left_out.items():
+        logger.warning("%s: %d of %d rows with %s, kept (first: row %d)", split, count, len(rows), reason, first)
+    return rows
+
+
+def _log(report: FilterReport) -> None:
+    logger.log(logging.WARNING if report.left_out else logging.INFO, "train: %s", report)
 
 
 def _listed(names: Any) -> str:
     return ", ".join(map(str, names))
 
 
-def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments, split: str) -> Dataset:
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer whose texts have no end."""
+    if tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise DataError(f"the tokenizer must end every text by its eos token {tokenizer.eos_token!r}, and does not")
+
+
+def tokenize_pairs(
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    split: str,
+    report: FilterReport | None = None,
+) -> Dataset:
     """
     Turns text into ids.
 
-    Training rows longer than `max_source_length` or `max_target_length` tokens are left out, and counted in a
-    warning. Rows of the other splits are never left out or cut.
+    Training rows longer than `max_source_length` or `max_target_length` tokens are left out, and those over
+    `max_length_ratio`. Rows of the other splits are never left out or cut.
+
+    Args:
+        pairs: the text, as load_pairs gives it.
+        tokenizer: ends every text by its eos token.
+        data: the longest lengths, the ratio, and whether BPE-dropout needs the words.
+        split: the split's name.
+        report: what load_pairs left out; it is logged together with what is left out here.
 
     Returns:
-        `input_ids` and `labels`, both ended by eos.
+        `input_ids` and `labels`, both ended by eos; for BPE-dropout also the lengths of their words.
 
     Raises:
         DataError: no row is left, or the tokenizer does not append its eos.
     """
-    if tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        raise DataError(f"the tokenizer must end every text by its eos token {tokenizer.eos_token!r}, and does not")
+    require_eos(tokenizer)
+    with_words = split == "train" and data.bpe_dropout > 0
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-        return tokenizer(batch["source"], text_target=batch["target"], return_attention_mask=False).data
+        sides = {
+            "input_ids": tokenizer(batch["source"], return_attention_mask=False),
+            "labels": tokenizer(text_target=batch["target"], return_attention_mask=False),
+        }
+        columns = {name: side["input_ids"] for name, side in sides.items()}
+        return columns | ({WORDS[name]: word_lengths(side) for name, side in sides.items()} if with_words else {})
 
     encoded = pairs.map(
         encode,
         batched=True,
         remove_columns=pairs.column_names,
-        features=ENCODED,
+        features=Features(ENCODED | dict.fromkeys(WORDS.values() if with_words else (), List(Value("int32")))),
         keep_in_memory=True,
         desc=f"tokenizing {split}",
     )
     table = encoded.with_format("arrow")[:]
-    too_long = pc.or_(
-        pc.greater(pc.list_value_length(table["input_ids"]), data.max_source_length),
-        pc.greater(pc.list_value_length(table["labels"]), data.max_target_length),
-    )
-    what = f"more than max_source_length={data.max_source_length} or max_target_length={data.max_target_length} tokens"
-    return _leave_out(encoded, pc.indices_nonzero(too_long).to_pylist(), what, split)
+    lengths = (pc.list_value_length(table[name]).to_pylist() for name in ENCODED)
+    tests = length_limits(data) | (ratio_limit(data) if split == "train" else {})
+    report = report or FilterReport()
+    rows = _filter(encoded, tests, zip(*lengths, strict=True), split, report)
+    if split == "train":
+        _log(report)
+    return rows

@@ -6,6 +6,7 @@ Any data that training takes will do: `--dataset phrasebook:en-de`, a Hub datase
 import json
 import sys
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from transformers import (
 import vanilla_transformer  # noqa: F401  (registers the Auto classes)
 
 from .arguments import DataArguments, UserError, run_program
+from .batching import batch_sizes
 from .data import DataError, load_pairs
 from .metrics import TranslationMetrics
 from .report import write_beside
@@ -31,7 +33,9 @@ class EvaluationArguments:
     """What to score, and how to translate. Decoding options that are left out are the model's own."""
 
     split: str = field(default="test", metadata={"help": "train, validation or test"})
-    batch_size: int = field(default=64, metadata={"help": "sentences translated together"})
+    batch_tokens: int = field(
+        default=4096, metadata={"help": "source tokens, padding included, of sentences translated together"}
+    )
     num_beams: int | None = field(default=None, metadata={"help": "width of the beam"})
     length_penalty: float | None = field(default=None, metadata={"help": "transformers' length_penalty"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "longest translation in tokens"})
@@ -60,7 +64,7 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def translate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 64, **options
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_tokens: int = 4096, **options
 ) -> list[str]:
     """
     Translates texts in batches of similar length, with a progress bar.
@@ -68,7 +72,8 @@ def translate(
     Args:
         model: in evaluation mode.
         texts: one source each; an empty one has the empty translation.
-        batch_size: sentences translated together.
+        batch_tokens: source tokens, padding included, of the sentences that are translated together; a longer sentence
+            is translated alone.
         options: arguments of `generate()`.
 
     Returns:
@@ -83,8 +88,10 @@ def translate(
     # The longest first: a batch that does not fit in memory fails at once.
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(ids[i]))
     with tqdm(total=len(order), desc="translating", unit="lines", disable=None) as progress:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        lengths = [len(ids[i]) for i in order]
+        batches = iter(order)
+        for size in batch_sizes(lengths, batch_tokens):
+            rows = list(islice(batches, size))
             batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
             outputs = model.generate(**batch, **options)
             for i, text in zip(rows, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
@@ -132,7 +139,7 @@ def main(argv: list[str]) -> None:
     pairs = pairs[arguments.split]
     model, tokenizer = load_model(options.model)
     predictions = translate(
-        model, tokenizer, list(pairs["source"]), arguments.batch_size, **arguments.generation_options()
+        model, tokenizer, list(pairs["source"]), arguments.batch_tokens, **arguments.generation_options()
     )
     scores = score_texts(predictions, list(pairs["target"]), arguments.bleu_tokenize)
     print(f"{options.model} on {len(pairs)} pairs of the {arguments.split} split")

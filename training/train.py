@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import DatasetDict
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from vanilla_transformer import (
     VanillaTransformerConfig,
@@ -22,10 +21,17 @@ from vanilla_transformer import (
 )
 
 from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe, run_program
+from .averaging import last_checkpoints, load_average
+from .bpe_dropout import BpeDropout, BpeDropoutRows
+from .checkpointing import damage, newest_checkpoint, settle
 from .data import DataError, language_pair, load_pairs, tokenize_pairs, training_texts
-from .evaluate import format_scores, score_texts, translate
+from .evaluate import format_scores, load_model, score_texts, translate
+from .filters import FilterReport
+from .memory import hold_memory
+from .preflight import Run, check_inputs, check_plan, rehearse, require
 from .report import draw_loss_curve, machine, model_card, write_beside
-from .trainer import TranslationTrainer, callbacks, load_average, score_translations
+from .streaming import VOCABULARY_ROWS, StreamedBatches, open_stream
+from .trainer import TranslationTrainer, callbacks, score_translations
 
 
 logger = logging.getLogger(__name__)
@@ -42,66 +48,100 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.should_log else logging.ERROR)
     checkpoint = checkpoint_to_resume(args)
     set_seed(args.seed)
+    if args.use_cpu and args.hold_memory and hold_memory():
+        logger.info("freed memory is kept for the next update: faster, in a larger process (--hold_memory false)")
 
     # 2. data and vocabulary
-    with args.main_process_first(desc="loading data"):
-        pairs = load_pairs(recipe.data)
+    report = FilterReport()
+    # One process of all machines, not of each: they share the run's folder.
+    with args.main_process_first(local=False, desc="loading data"):
+        pairs = load_pairs(recipe.data, report)
+        if recipe.data.streaming:
+            pairs["train"] = open_stream(recipe.data)
         if "train" not in pairs:
             raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
         tokenizer = prepare_tokenizer(recipe, pairs)
-    rows = {split: tokenize_pairs(pairs[split], tokenizer, recipe.data, split) for split in pairs if split != "test"}
+    splits = [split for split in pairs if split != "test"]
+    rows = {split: prepare_rows(recipe, pairs[split], tokenizer, split, report) for split in splits}
 
     # 3. the network
     model = build_model(recipe, tokenizer)
     logger.info(
-        "%d parameters, %d subwords, %d training pairs", model.num_parameters(), len(tokenizer), len(rows["train"])
+        "%d parameters, %d subwords, %s",
+        *(model.num_parameters(), len(tokenizer)),
+        "training pairs from a stream" if recipe.data.streaming else f"{len(rows['train'])} training pairs",
     )
 
-    # 4. training
+    # 4. training, where nothing speaks against it
+    run = Run(recipe, pairs, rows, tokenizer, model)
+    if args.check:
+        rehearse(run, build_trainer)
+        return
+    require(check_inputs(run))
     trainer = build_trainer(recipe, model, tokenizer, rows)
+    require(check_plan(run, trainer))
+    if trainer.is_world_process_zero():
+        # What marks the folder as a run's.
+        write_beside(Path(args.output_dir, "recipe.yaml"), resolved(recipe))
     trainer.train(resume_from_checkpoint=checkpoint)
-    if args.average_checkpoints:
-        load_average(model, args.output_dir, args.average_checkpoints)
     trainer.save_model()
 
-    # 5. what the model can do, in figures and words
+    # 5. what the model can do, in figures and words: one process alone, from the saved files, since a model that is
+    # sharded answers only when all processes ask
     if trainer.is_world_process_zero():
-        finish(recipe, trainer, pairs)
+        model, _ = load_model(args.output_dir)
+        if args.average_checkpoints:
+            load_average(model, last_checkpoints(args.output_dir, args.average_checkpoints))
+            model.save_pretrained(args.output_dir)
+        finish(recipe, trainer, model, pairs)
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """
-    The checkpoint that the arguments ask for, "last" being the newest in the run's folder.
+    The checkpoint that the arguments ask for, "last" being the newest whole one in the run's folder. None begins a run,
+    or begins it again if it was ended before its first checkpoint.
 
     Raises:
         RecipeError: there is none, or the run's folder holds another run that would be overwritten.
+        CheckpointError: none is whole.
     """
-    if args.resume_from_checkpoint is None:
-        if args.process_index == 0 and Path(args.output_dir, "recipe.yaml").exists():
+    run, asked = Path(args.output_dir), args.resume_from_checkpoint
+    begun = (run / "recipe.yaml").exists()
+    if asked is None:
+        if args.process_index == 0 and begun:
             raise RecipeError(
-                f"output_dir={args.output_dir} already holds a run: continue it by --resume_from_checkpoint last, "
-                "or choose another output_dir"
+                f"output_dir={run} already holds a run: continue it by --resume_from_checkpoint last, or choose "
+                "another output_dir"
             )
         return None
-    if args.resume_from_checkpoint != "last":
-        if not Path(args.resume_from_checkpoint, "trainer_state.json").exists():
-            raise RecipeError(f"resume_from_checkpoint={args.resume_from_checkpoint} is not a checkpoint's folder")
-        return args.resume_from_checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if asked != "last":
+        if wrong := damage(Path(asked)):
+            raise RecipeError(f"resume_from_checkpoint={asked} is not a whole checkpoint: {wrong}")
+        return asked
+    with args.main_process_first(local=args.save_on_each_node, desc="looking for a checkpoint"):
+        if args.should_save and not args.check:
+            settle(run)
+    last = newest_checkpoint(run)
+    if last is None and not begun:
+        raise RecipeError(f"output_dir={run} holds no checkpoint to resume from")
     if last is None:
-        raise RecipeError(f"output_dir={args.output_dir} holds no checkpoint to resume from")
-    return last
+        logger.warning("output_dir=%s holds no checkpoint yet: the run begins again", run)
+    return str(last) if last else None
 
 
 def prepare_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run: the one that is named, the one in the run's folder, or one that is learned now."""
-    folder = Path(recipe.training.output_dir)
-    if (folder / "recipe.yaml").exists():
+    """
+    The tokenizer of the run: the one in its folder, the one that is named, or one that is learned now by the first
+    process, from whom the others have it.
+    """
+    folder, check = Path(recipe.training.output_dir), recipe.training.check
+    if (folder / "recipe.yaml").exists() or (recipe.training.process_index > 0 and not check):
         return AutoTokenizer.from_pretrained(folder)
     tokenizer = load_tokenizer(recipe) if recipe.tokenizer.tokenizer else learn_tokenizer(recipe, pairs)
-    tokenizer.save_pretrained(folder)
-    # Last: it is what marks the folder as a run's.
-    write_beside(folder / "recipe.yaml", resolved(recipe))
+    if recipe.data.bpe_dropout:
+        BpeDropout(tokenizer, recipe.data.bpe_dropout)  # refuses a tokenizer of another kind, before the run begins
+    if not check:
+        tokenizer.save_pretrained(folder)
     return tokenizer
 
 
@@ -114,11 +154,15 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def learn_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
-    """A joint vocabulary of the training split."""
-    args = recipe.tokenizer
-    logger.info("learning %d subwords from %d pairs", args.vocab_size, len(pairs["train"]))
+    """A joint vocabulary of the training split, or of the first rows of a stream."""
+    args, train = recipe.tokenizer, pairs["train"]
+    if recipe.data.streaming:
+        train = train.take(VOCABULARY_ROWS)
+        logger.info("learning %d subwords from at most %d pairs", args.vocab_size, VOCABULARY_ROWS)
+    else:
+        logger.info("learning %d subwords from %d pairs", args.vocab_size, len(train))
     try:
-        return train_tokenizer(training_texts(pairs["train"]), args.vocab_size, args.tokenizer_model, args.pretokenized)
+        return train_tokenizer(training_texts(train), args.vocab_size, args.tokenizer_model, args.pretokenized)
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
@@ -129,6 +173,29 @@ def resolved(recipe: Recipe) -> str:
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
+def prepare_rows(
+    recipe: Recipe,
+    pairs: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    report: FilterReport,
+) -> Dataset | StreamedBatches:
+    """The ids of a split; of a stream, the batches that this process trains on."""
+    if isinstance(pairs, Dataset):
+        return tokenize_pairs(pairs, tokenizer, recipe.data, split, report)
+    args = recipe.training
+    return StreamedBatches(
+        pairs,
+        tokenizer,
+        recipe.data,
+        args.per_device_train_batch_tokens,
+        length=args.max_steps * args.gradient_accumulation_steps,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+    )
+
+
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
     """A new model of the recipe's sizes, with the tokenizer's ids and the recipe's way to decode."""
     config = VanillaTransformerConfig(
@@ -137,16 +204,30 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTr
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.bos_token_id,
-        attn_implementation=recipe.model.attn_implementation,
+        # For sentences the plain attention is the fastest one on a CPU, where sdpa's backward in bfloat16 crawls.
+        attn_implementation=recipe.model.attn_implementation or ("eager" if recipe.training.use_cpu else None),
         **recipe.model.config_fields(),
     )
     model = VanillaTransformerForConditionalGeneration(config)
-    model.generation_config.update(
-        num_beams=recipe.decoding.num_beams,
-        length_penalty=recipe.decoding.length_penalty,
-        max_new_tokens=recipe.decoding.max_new_tokens,
-    )
+    try:
+        model.generation_config.update(
+            num_beams=recipe.decoding.num_beams,
+            length_penalty=recipe.decoding.length_penalty,
+            max_new_tokens=recipe.decoding.max_new_tokens,
+        )
+    except ValueError as error:
+        raise RecipeError(f"no translations can be made so: {error}") from error
     return model
+
+
+def with_bpe_dropout(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> BpeDropoutRows:
+    """The training rows, cut anew in each epoch."""
+    args = recipe.training
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    anew = BpeDropoutRows(rows, tokenizer, recipe.data, seed)
+    longer = 100 * (anew.growth() - 1)
+    logger.info("BPE-dropout %g lengthens rows by %.0f %% on a sample", recipe.data.bpe_dropout, longer)
+    return anew
 
 
 def build_trainer(
@@ -159,31 +240,34 @@ def build_trainer(
     args = recipe.training
     if args.learning_rate is None:
         args.learning_rate = (model.config.d_model * args.warmup_steps) ** -0.5
+    train = with_bpe_dropout(recipe, rows["train"], tokenizer) if recipe.data.bpe_dropout else rows["train"]
     return TranslationTrainer(
         model=model,
         args=args,
-        train_dataset=rows["train"],
+        train_dataset=train,
         eval_dataset=rows.get("validation"),
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        compute_metrics=score_translations(tokenizer, recipe.decoding.bleu_tokenize),
+        compute_metrics=score_translations(tokenizer, recipe.decoding.bleu_tokenize)
+        if args.predict_with_generate
+        else None,
         callbacks=callbacks(args),
     )
 
 
-def finish(recipe: Recipe, trainer: TranslationTrainer, pairs: DatasetDict) -> None:
+def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, pairs: DatasetDict) -> None:
     """Scores the model on held-out text, prints some of it, and writes the run's documents."""
-    folder, model, tokenizer = Path(recipe.training.output_dir), trainer.model.eval(), trainer.processing_class
+    folder, tokenizer = Path(recipe.training.output_dir), trainer.processing_class
     # The Trainer's pickle of its arguments: recipe.yaml says the same, and a model's folder should hold no pickle.
     (folder / "training_args.bin").unlink(missing_ok=True)
     split = next(name for name in ("test", "validation", "train") if name in pairs)
     sources, references = list(pairs[split]["source"]), list(pairs[split]["target"])
-    translations = translate(model, tokenizer, sources, recipe.training.per_device_eval_batch_size)
+    translations = translate(model, tokenizer, sources, recipe.training.per_device_eval_batch_tokens)
     scores = score_texts(translations, references, recipe.decoding.bleu_tokenize)
     metrics: dict[str, Any] = {
         "scored_split": split,
         "scores": scores,
-        "rows": {name: len(rows) for name, rows in pairs.items()},
+        "rows": {name: len(rows) for name, rows in pairs.items() if isinstance(rows, Dataset)},
         "training": training_summary(trainer),
         "example_source": sources[0],
         "example_translation": translations[0],
@@ -210,7 +294,8 @@ def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
     minutes = [entry["minutes"] for entry in history if "minutes" in entry]
     return {
         "updates": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0, 2),
+        # To the Trainer the whole run of a stream is one epoch, however often the data was read.
+        "epochs": None if isinstance(trainer.train_dataset, StreamedBatches) else round(trainer.state.epoch or 0, 2),
         "minutes": max(minutes, default=0.0),
         "machine": machine(),
         "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,

@@ -1,33 +1,62 @@
 """transformers' `Seq2SeqTrainer` with an evaluation that reports the true negative log-likelihood."""
 
 import copy
+import dataclasses
+import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Seq2SeqTrainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .arguments import TrainingArguments
+from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
+
+from .arguments import RecipeError, TrainingArguments
+from .averaging import ExponentialMean
 from .batching import TokenBudgetBatches, token_budget
+from .bpe_dropout import BpeDropoutRows
+from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetrics
+from .r_drop import symmetric_divergence
+from .streaming import StreamedBatches
 
 
-class TranslationTrainer(Seq2SeqTrainer):
+class TranslationTrainer(ResumableTrainer):
     """
     Trains as `Seq2SeqTrainer` does. Its evaluation loss is nats per target token over the whole set, where the stock
     loop averages over sentences the means of their batches, and its perplexity is reported beside it.
+
+    Raises:
+        RecipeError: `ema_decay` with a model that is sharded over the processes.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        decay = self.args.ema_decay
+        if decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise RecipeError(
+                f"ema_decay={decay} needs every process to hold the whole model: leave it out, or train without FSDP "
+                "and DeepSpeed"
+            )
+        self.ema = None if decay is None else ExponentialMean(decay)
+        if self.ema:
+            self.add_callback(self.ema)
 
     def _get_train_sampler(self, train_dataset=None):
         """Batches of a token budget, where the arguments ask for them."""
         if self.args.train_sampling_strategy != "token_budget":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._batches = self._token_budget(self.train_dataset, self.args.per_device_train_batch_tokens, seed=seed)
+        # BPE-dropout: batches by the lengths without it, so that their number is the same in each epoch.
+        rows = self.train_dataset.rows if isinstance(self.train_dataset, BpeDropoutRows) else self.train_dataset
+        self._batches = self._token_budget(rows, self.args.per_device_train_batch_tokens, seed=seed)
         return self._batches
 
     def _get_eval_sampler(self, eval_dataset):
@@ -38,6 +67,57 @@ class TranslationTrainer(Seq2SeqTrainer):
         world = {"num_processes": self.args.world_size, "process_index": self.args.process_index}
         return token_budget(dataset, max_tokens, **world, **options)
 
+    def get_train_dataloader(self):
+        """A stream hands out this process's own batches: accelerate must not deal them among the processes again."""
+        if not isinstance(self.train_dataset, StreamedBatches):
+            return super().get_train_dataloader()
+
+        def collate(batch: dict[str, Any] | None) -> dict[str, Any] | None:
+            return batch and {**self.data_collator(batch["rows"]), "position": batch["position"]}
+
+        loader = DataLoader(
+            self.train_dataset, batch_size=None, collate_fn=collate, pin_memory=self.args.dataloader_pin_memory
+        )
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The stock method; of a stream's batches it remembers where they end, for the next checkpoint."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, StreamedBatches):
+            for batch in batches:
+                self._position = batch.pop("position")
+        return batches, count
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With this process's generators, its place in the stream."""
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, StreamedBatches):
+            position = self._position | {"processes": self.args.world_size}
+            self._position_file(output_dir).write_text(json.dumps(position), encoding="utf-8")
+
+    def _position_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"stream_{self.args.process_index}.json")
+
+    def _resume_stream(self, checkpoint: str | None, skipped: int) -> None:
+        """
+        Goes on in the stream where the checkpoint was written.
+
+        Raises:
+            RecipeError: it was written by another number of processes, or by a run that did not stream.
+        """
+        if checkpoint is None or not skipped:
+            return
+        path = self._position_file(checkpoint)
+        position = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"processes": 0}
+        if position["processes"] != self.args.world_size:
+            raise RecipeError(
+                f"{checkpoint} was written by {position['processes']} streaming processes, and these are "
+                f"{self.args.world_size}: a stream resumes with as many"
+            )
+        self.train_dataset.resume(position, skipped)
+
     def get_test_dataloader(self, test_dataset):
         """The rows of `predict()` keep their order, since its predictions are matched with them."""
         return self._get_dataloader(
@@ -45,10 +125,48 @@ class TranslationTrainer(Seq2SeqTrainer):
         )
 
     def _run_epoch(self, *, epoch: int, **kwargs):
-        """Tells the sampler its epoch, which the stock loop forgets in the epoch that a run resumes in."""
-        if self.args.train_sampling_strategy == "token_budget":
+        """Tells the sampler and the data where they are, which the stock loop forgets where a run resumes."""
+        # Resumed from the checkpoint at which it had stopped early.
+        if self.control.should_training_stop:
+            return
+        if isinstance(self.train_dataset, StreamedBatches):
+            self._resume_stream(kwargs["resume_from_checkpoint"], kwargs["steps_trained_in_current_epoch"])
+        elif self.args.train_sampling_strategy == "token_budget":
             self._batches.set_epoch(epoch)
+        if isinstance(self.train_dataset, BpeDropoutRows):
+            self.train_dataset.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """Where the model is sharded (FSDP2), its embeddings are left to the outermost group."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        model, plugin = self.model, self.accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            # accelerate would add up gradients, and return the loss, in bfloat16.
+            options = {"reduce_dtype": torch.float32, "output_dtype": None}
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **options)
+        # accelerate would make a group of the tables that the model names. But up to four of our modules share one,
+        # torch refuses a tensor that is in two groups, and the loss reads the output matrix without a call of its module.
+        model.get_input_embeddings = model.get_output_embeddings = lambda: None
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            del model.get_input_embeddings, model.get_output_embeddings
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss; in training with `r_drop_alpha`, that of R-Drop (see r_drop.py)."""
+        # In evaluation the mean over the process's own tokens: `prediction_step` adds up sums.
+        num_items_in_batch = num_items_in_batch if model.training else None
+        if not (self.args.r_drop_alpha and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        twice = {name: torch.cat([value, value]) for name, value in inputs.items()} | {"return_logits": True}
+        loss, outputs = super().compute_loss(model, twice, True, 2 * num_items_in_batch)
+        # As the stock loss: DDP takes the mean over the processes, and the tokens were counted over all of them.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        divergence = processes * symmetric_divergence(outputs.logits, inputs["labels"]) / num_items_in_batch
+        loss = loss + self.args.r_drop_alpha / 2 * divergence
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None, **gen_kwargs
@@ -58,13 +176,20 @@ class TranslationTrainer(Seq2SeqTrainer):
         generation_config = copy.deepcopy(self.model.generation_config)
         loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         self.model.generation_config = generation_config
-        count = inputs["labels"].ne(-100).sum()
+        count = inputs["labels"].ne(IGNORE_INDEX).sum()
         self._nll_and_count += torch.stack([loss.double() * count, count.double()])
-        return loss, tokens, labels
+        if self.args.world_size > 1 and tokens is not None:
+            # Batches of a token budget differ in their rows, and only equal shapes can be gathered.
+            tokens, labels = self.accelerator.pad_across_processes((tokens, labels), dim=0, pad_index=IGNORE_INDEX)
+        return None, tokens, labels
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """The stock loop, with the loss of the whole set in place of its own average."""
         self._nll_and_count = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        if self.is_fsdp_enabled:
+            # A sharded model needs every process until the last has finished its sentences; transformers sees to that
+            # only for the models that it sharded itself.
+            self._gen_kwargs["synced_gpus"] = True
         output: EvalLoopOutput = super().evaluation_loop(
             dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
@@ -73,26 +198,42 @@ class TranslationTrainer(Seq2SeqTrainer):
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(nll / count)
         return output
 
+    def _evaluate(self, *args, **kwargs):
+        """During training, with the mean of the weights where there is one."""
+        with self.ema.in_place() if self.ema else nullcontext():
+            return super()._evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Adds the mean of the weights to a checkpoint, which the Trainer begins to write by an internal call."""
+        super().save_model(output_dir, _internal_call)
+        if self.ema and _internal_call and self.args.should_save:
+            self.ema.save(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Saves a shared tensor once: what is gathered from a sharded model holds it once for each of its names."""
+        if state_dict is not None:
+            tied = self.model.all_tied_weights_keys
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """With the rest of what a run resumes from, its mean of the weights."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.ema and checkpoint is not None:
+            self.ema.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The best mean of the weights, where that is what was evaluated. The model is given it when training ends."""
+        if self.ema:
+            self.ema.load(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def _issue_warnings_after_load(self, load_result) -> None:
         """The best checkpoint stores shared tensors once: their other names are not missing."""
         tied = self.model.all_tied_weights_keys
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result)
-
-
-def load_average(model: PreTrainedModel, folder: str, count: int) -> None:
-    """
-    Gives `model` the mean of the weights of the last `count` checkpoints in a run's folder (section 6.1).
-
-    Args:
-        model: the run's model; its weights are replaced.
-        folder: the run's folder.
-        count: how many; all of them if the run was too short for so many.
-    """
-    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    states = [type(model).from_pretrained(path).state_dict() for path in checkpoints[-count:]]
-    mean = {name: torch.stack([state[name].double() for state in states]).mean(dim=0) for name in states[0]}
-    model.load_state_dict(mean)
 
 
 class Clock(TrainerCallback):
@@ -109,13 +250,25 @@ class Clock(TrainerCallback):
             state.log_history[-1]["minutes"] = round((time.monotonic() - self.started) / 60, 3)
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' own, which counts on where a run resumes: the stock one begins again at 0."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Counts the evaluations since the best one."""
+        metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        evaluated = [entry["step"] for entry in state.log_history if metric in entry]
+        self.early_stopping_patience_counter = sum(step > (state.best_global_step or 0) for step in evaluated)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
 def score_translations(tokenizer, bleu_tokenize: str):
     """The `compute_metrics` of a Trainer: decodes generated and true ids, and scores the text."""
     metrics = TranslationMetrics()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        rows = (prediction.label_ids != IGNORE_INDEX).any(axis=1)  # the others only filled up a process's batch
         texts = [
-            tokenizer.batch_decode(ids.clip(min=0), skip_special_tokens=True)  # -100, the padding, becomes pad
+            tokenizer.batch_decode(ids[rows].clip(min=0), skip_special_tokens=True)  # -100, the padding, becomes pad
             for ids in (prediction.predictions, prediction.label_ids)
         ]
         scores = metrics.compute(predictions=texts[0], references=texts[1], tokenize=bleu_tokenize)
@@ -127,4 +280,4 @@ def score_translations(tokenizer, bleu_tokenize: str):
 def callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     """The callbacks that the arguments ask for."""
     patience = args.early_stopping_patience
-    return [Clock()] + ([EarlyStoppingCallback(patience)] if patience is not None else [])
+    return [Clock()] + ([EarlyStopping(patience)] if patience is not None else [])

@@ -1,0 +1,656 @@
+"""Measures this package against its peers on this machine: `python scripts/benchmark.py train`.
+
+`train` compares training with transformers' MarianMTModel under its stock Seq2SeqTrainer, at the same size. Contenders
+take turns, each in a process of its own, so that a machine whose speed varies treats them alike. Memory is read from
+/proc: Linux only. What is measured, and why so, is in docs/benchmarks.md.
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Cell(NamedTuple):
+    """One size to compare at: a recipe, and how many updates warm a contender up and make a round."""
+
+    recipe: list[str]
+    warmup: int
+    updates: int
+
+
+# Random text: 64 sentences an update (on a GPU four times as many), each of 32 tokens on both sides.
+SENTENCES, LENGTH, GPU_FACTOR = 64, 32, 4
+RANDOM_TEXT = ["--vocab_size", "16000", "--per_device_train_batch_tokens", str(SENTENCES * LENGTH)]
+CELLS = {
+    # This budget makes updates of about 3,900 target tokens.
+    "tiny": Cell(["multi30k_en_de_tiny.yaml", "--per_device_train_batch_tokens", "4608"], warmup=5, updates=10),
+    "base": Cell(["wmt14_en_de_base.yaml", *RANDOM_TEXT], warmup=1, updates=2),
+    "big": Cell(["wmt14_en_de_big.yaml", *RANDOM_TEXT], warmup=1, updates=2),
+}
+# Only training is measured, update by update.
+TRAINING_ALONE = shlex.split(
+    "--gradient_accumulation_steps 1 --eval_strategy no --load_best_model_at_end false "
+    "--report_to none --disable_tqdm true --logging_steps 10"
+)
+# What the peer's Trainer is told as ours is. All else is stock.
+SHARED_ARGUMENTS = (
+    "output_dir", "max_steps", "seed", "bf16", "torch_compile", "use_cpu", "dataloader_pin_memory", "optim",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+    "max_grad_norm", "logging_steps", "save_strategy", "report_to", "disable_tqdm",
+)  # fmt: skip
+SHARED_SIZES = (
+    "vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
+    "encoder_ffn_dim", "decoder_ffn_dim", "activation_function", "dropout", "attention_dropout", "activation_dropout",
+    "scale_embedding", "max_position_embeddings", "pad_token_id", "eos_token_id", "decoder_start_token_id",
+)  # fmt: skip
+MATMUL_SECONDS = 0.5
+
+
+class Contender(NamedTuple):
+    """Who trains, and how. `same_batches` gives the peer our batches instead of those that its Trainer makes."""
+
+    side: str
+    dtype: str
+    compiled: bool = False
+    same_batches: bool = False
+
+    def __str__(self) -> str:
+        extras = [", compiled"] * self.compiled + [", our batches"] * self.same_batches
+        return f"{self.side} {self.dtype}{''.join(extras)}"
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; `fields` are the words that no option here knows, for the recipe to understand."""
+    form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **form)
+    commands = parser.add_subparsers(title="commands", required=True)
+    about = "compares training with MarianMTModel under Seq2SeqTrainer"
+    after = "Any field of a recipe may follow, as in training, e.g. --d_model 64; the peer gets the same size."
+    train = commands.add_parser("train", help=about, description=f"{about}.", epilog=after, **form)
+    train.set_defaults(command=compare_training)
+    train.add_argument("--cells", nargs="+", choices=list(CELLS), help="sizes (default: tiny base; on a GPU big too)")
+    train.add_argument(
+        "--multi30k_dir", default=os.environ.get("MULTI30K_DIR"), help="folder of Multi30k (default: $MULTI30K_DIR)"
+    )
+    train.add_argument("--rounds", type=positive, default=5, help="turns of each contender (default: 5)")
+    train.add_argument("--updates", type=positive, help="updates in a turn (default: tiny 10, base and big 2)")
+    train.add_argument("--warmup", type=positive, help="updates before the first (default: tiny 5, base and big 1)")
+    train.add_argument("--threads", type=positive, help="CPU threads (default: one for each core)")
+    train.add_argument(
+        "--loss_tokens", type=positive, help="compare tiny's losses after so many target tokens instead of the speed"
+    )
+    train.add_argument("--output", help="write everything measured here as JSON")
+    options, fields = parser.parse_known_args(argv)
+    options.fields = fields
+    return options
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def compare_training(options: argparse.Namespace) -> None:
+    """`train`: measures every cell, prints a table of each, and writes the JSON."""
+    import torch
+
+    from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.report import write_beside
+
+    # 1. what to do; what is wrong is said before anything is measured
+    if sys.platform != "linux":
+        raise UserError(f"memory is read from /proc, which {sys.platform} has not: run this on Linux")
+    if options.output and not Path(options.output).absolute().parent.is_dir():
+        raise UserError(f"output={options.output}: there is no such folder to write it in")
+    options.threads = options.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(options.threads)
+    everything = ["tiny"] if options.loss_tokens else ["tiny", "base"] + ["big"] * torch.cuda.is_available()
+    cells = options.cells or everything
+    if options.loss_tokens and cells != ["tiny"]:
+        raise UserError("--loss_tokens compares the losses of tiny, which has real text: leave --cells out")
+    if "tiny" in cells and not options.multi30k_dir:
+        raise UserError(
+            "the cell tiny needs Multi30k (https://github.com/multi30k/dataset): name its folder by --multi30k_dir or "
+            "MULTI30K_DIR, or leave the cell out by --cells base"
+        )
+    recipes = {name: recipe_of(name, options) for name in cells}
+
+    # 2. measurements
+    results = about_this_run(options)
+    measure, show = (compare_losses, loss_table) if options.loss_tokens else (compare_speed, speed_table)
+    print(f"{results['machine']}, torch {results['versions']['torch']}")
+    for name, recipe in recipes.items():
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(recipe, Path(folder))
+            results["cells"][name] = measure(name, recipe, Path(folder), options)
+        print(f"\n{name}\n{show(results['cells'][name])}", flush=True)
+        if options.output:
+            # After each cell: a long run that is stopped keeps what it has measured.
+            write_beside(options.output, json.dumps(results, indent=1) + "\n")
+
+
+def recipe_of(name: str, options: argparse.Namespace) -> list[str]:
+    """The cell's command line for `training.train`, with the user's fields last. Raises UserError if it is wrong."""
+    import torch
+
+    recipe = [*CELLS[name].recipe, *TRAINING_ALONE]
+    if name == "tiny":
+        recipe += ["--data_dir", options.multi30k_dir]
+    elif torch.cuda.is_available():
+        recipe += ["--per_device_train_batch_tokens", str(GPU_FACTOR * SENTENCES * LENGTH)]
+    recipe += options.fields
+    parse(recipe)
+    return recipe
+
+
+def parse(argv: list[str]) -> Any:
+    """The recipe, without checkpoints and without what the peer's Trainer has not."""
+    from transformers.trainer_utils import SaveStrategy
+
+    from vanilla_transformer.training.arguments import parse_recipe
+
+    recipe = parse_recipe(argv)
+    # Not by --save_strategy: a recipe that averages checkpoints would be refused.
+    recipe.training.save_strategy = SaveStrategy.NO
+    recipe.training.ema_decay, recipe.training.r_drop_alpha, recipe.data.bpe_dropout = None, 0.0, 0.0
+    return recipe
+
+
+def about_this_run(options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs in order to repeat it."""
+    from vanilla_transformer.training.report import machine
+
+    packages = ("vanilla-transformer", "torch", "transformers", "accelerate", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "machine": machine(),
+        "threads": options.threads,
+        "versions": {"python": platform.python_version(), **versions},
+        "command": shlex.join(["python", *sys.argv]),
+        "cells": {},
+    }
+
+
+def prepare(argv: list[str], folder: Path) -> None:
+    """Writes the tokenizer and rows of ids that every contender reads."""
+    import datasets
+
+    from vanilla_transformer.training.data import load_pairs, tokenize_pairs
+    from vanilla_transformer.training.train import learn_tokenizer
+
+    datasets.disable_progress_bars()
+    recipe = parse(argv)
+    if recipe.data.dataset:
+        # The recipe's own data is too large to fetch for a measurement of speed.
+        tokenizer, rows = random_text(recipe.tokenizer.vocab_size)
+    else:
+        recipe.data.test_file = None
+        pairs = load_pairs(recipe.data)
+        tokenizer = learn_tokenizer(recipe, pairs)
+        rows = {split: tokenize_pairs(pairs[split], tokenizer, recipe.data, split) for split in pairs}
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for split in rows:
+        rows[split].save_to_disk(folder / split)
+
+
+def random_text(vocab_size: int) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer of `vocab_size` words, and rows of `LENGTH` random tokens on both sides, the last of them eos."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from vanilla_transformer.tokenization_vanilla_transformer import SPECIAL_TOKENS
+    from vanilla_transformer.training.data import ENCODED
+
+    words = [*SPECIAL_TOKENS.values(), *(f"w{number}" for number in range(len(SPECIAL_TOKENS), vocab_size))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    model = models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **SPECIAL_TOKENS)
+    ids = torch.randint(len(SPECIAL_TOKENS), vocab_size, (2, 8 * GPU_FACTOR * SENTENCES, LENGTH))
+    ids[:, :, -1] = tokenizer.eos_token_id
+    columns = dict(zip(ENCODED, ids.tolist(), strict=True))
+    return tokenizer, {"train": Dataset.from_dict(columns, features=ENCODED)}
+
+
+class Worker:
+    """A contender's process. It takes one step for each `go()`, and reports it in one line of JSON."""
+
+    def __init__(self, job: dict[str, Any], log: Path, threads: int):
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+        self.send(json.dumps(job))
+
+    def send(self, line: str) -> None:
+        """One line to the process. That it may have ended is found when its answer is read."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+
+    def go(self) -> dict[str, Any]:
+        """Lets the process take its next step, and waits for the report."""
+        self.send("")
+        return self.report()
+
+    def report(self) -> dict[str, Any]:
+        """The next report. Raises UserError with the process's last words if it has ended."""
+        from vanilla_transformer.training.arguments import UserError
+
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        last_words = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        raise UserError(f"a contender ended with status {self.process.wait()}:\n{last_words}")
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def contenders(cell: str) -> list[Contender]:
+    """Both sides in both dtypes; on a GPU compiled too, where batches have one shape."""
+    import torch
+
+    found = [Contender(side, dtype) for dtype in ("bfloat16", "float32") for side in ("ours", "marian")]
+    if torch.cuda.is_available() and cell != "tiny":
+        found += [Contender(side, "bfloat16", compiled=True) for side in ("ours", "marian")]
+    return found
+
+
+def start(contender: Contender, recipe: list[str], folder: Path, threads: int, max_steps: int, **orders: int) -> Worker:
+    """A worker that trains as `contender` does."""
+    bf16 = contender.dtype == "bfloat16"
+    told = {"output_dir": folder, "max_steps": max_steps, "bf16": bf16, "torch_compile": contender.compiled}
+    argv = recipe + [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    job = {"recipe": argv, "folder": str(folder), "contender": contender, "orders": orders}
+    return Worker(job, folder / f"{contender}.log", threads)
+
+
+def compare_speed(cell: str, recipe: list[str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds in which each contender takes its turn after the machine's ceilings are measured."""
+    from tqdm.auto import tqdm
+
+    warmup, updates = options.warmup or CELLS[cell].warmup, options.updates or CELLS[cell].updates
+    orders = {"max_steps": warmup + options.rounds * updates, "warmup": warmup, "updates": updates}
+    entries = [{**contender._asdict(), "rounds": []} for contender in contenders(cell)]
+    ceilings: dict[str, list[float]] = {entry["dtype"]: [] for entry in entries}
+    turns = (options.rounds + 1) * len(entries)
+    with ExitStack() as stack, tqdm(total=turns, desc=f"{cell}, warming up", unit="turns", disable=None) as progress:
+        workers = []
+        for contender in contenders(cell):
+            workers.append(stack.enter_context(start(contender, recipe, folder, options.threads, **orders)))
+            # One after the other here too: two at a time would be slow, and short of memory.
+            workers[-1].report()
+            progress.update()
+        for number in range(options.rounds):
+            progress.set_description(f"{cell}, round {number + 1}")
+            for dtype, rates in ceilings.items():
+                rates.append(matmul_rate(dtype))
+            for entry, worker in zip(entries, workers, strict=True):
+                entry["rounds"].append(worker.go())
+                progress.update()
+        for entry, worker in zip(entries, workers, strict=True):
+            entry |= worker.go()
+    return {"warmup": warmup, "updates": updates, "ceilings": ceilings, "contenders": summarise(entries, ceilings)}
+
+
+def summarise(entries: list[dict[str, Any]], ceilings: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Adds medians over the rounds, their ratios to the peer's, and shares of the ceiling."""
+    for entry in entries:
+        rounds = entry["rounds"]
+        entry["tokens_per_second"] = statistics.median(turn["tokens"] / turn["seconds"] for turn in rounds)
+        flops = statistics.median(turn["flops"] / turn["seconds"] for turn in rounds)
+        entry["share_of_ceiling"] = flops / statistics.median(ceilings[entry["dtype"]])
+    speeds = {(e["side"], e["dtype"], e["compiled"]): e["tokens_per_second"] for e in entries}
+    for entry in entries:
+        peers = {
+            "same_dtype": speeds["marian", entry["dtype"], entry["compiled"]],
+            "float32": speeds["marian", "float32", False],
+        }
+        entry["ratio_to_marian"] = {name: entry["tokens_per_second"] / speed for name, speed in peers.items()}
+    return entries
+
+
+def matmul_rate(dtype: str) -> float:
+    """Floating-point operations a second of a large matrix product, as the machine gives them now."""
+    import torch
+
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
+    torch.mm(a, b)
+    count, started = 0, clock()
+    while (seconds := clock() - started) < MATMUL_SECONDS or not count:
+        torch.mm(a, b)
+        count += 1
+    return count * 2 * size**3 / seconds
+
+
+def compare_losses(cell: str, recipe: list[str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Losses on the validation text after the same target tokens, from the same weights, by the recipe's schedule."""
+    from tqdm.auto import tqdm
+
+    found = [
+        Contender("ours", "bfloat16"),
+        Contender("ours", "float32"),
+        Contender("marian", "float32"),
+        Contender("marian", "float32", same_batches=True),
+    ]
+    entries = []
+    for contender in tqdm(found, desc=f"{cell}, losses", disable=None):
+        # Every update has at least one token, so the tokens end the run before its steps do.
+        orders = {"max_steps": options.loss_tokens, "loss_tokens": options.loss_tokens}
+        with start(contender, recipe, folder, options.threads, **orders) as worker:
+            entries.append({**contender._asdict(), **worker.report()})
+    return {"loss_tokens": options.loss_tokens, "contenders": entries}
+
+
+def contender_name(entry: dict[str, Any]) -> str:
+    """As in the tables."""
+    return str(Contender(*(entry[name] for name in Contender._fields)))
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    """One line for each contender."""
+    lines = [
+        f"{'':28} {'target':>10} {'x Marian':>11} {'x Marian':>10} {'memory beyond':>14} {'share of':>9}",
+        f"{'':28} {'tokens/s':>10} {'same dtype':>11} {'float32':>10} {'state, MiB':>14} {'ceiling':>9}",
+    ]
+    for entry in result["contenders"]:
+        ratios = entry["ratio_to_marian"]
+        lines.append(
+            f"{contender_name(entry):28} {entry['tokens_per_second']:10,.0f} {ratios['same_dtype']:11.2f} "
+            f"{ratios['float32']:10.2f} {entry['memory_beyond_state'] / 2**20:14,.0f} {entry['share_of_ceiling']:9.1%}"
+        )
+    for dtype, rates in result["ceilings"].items():
+        lines.append(f"ceiling: {statistics.median(rates) / 1e9:,.0f} GFLOP/s in matrix products of {dtype}")
+    return "\n".join(lines)
+
+
+def loss_table(result: dict[str, Any]) -> str:
+    """One line for each contender; losses in nats per target token of the validation text."""
+    heads = f"{'':28} {'tokens':>11} {'updates':>8} {'NLL before':>11} {'NLL after':>10} {'smoothed after':>15}"
+    return "\n".join([heads] + [
+        f"{contender_name(entry):28} {entry['tokens']:11,} {entry['updates']:8,} {entry['before']['nll']:11.4f} "
+        f"{entry['after']['nll']:10.4f} {entry['after']['smoothed']:15.4f}"
+        for entry in result["contenders"]
+    ])  # fmt: skip
+
+
+def work() -> None:
+    """Trains as the job on the standard input says, and reports on what was the standard output."""
+    # The Trainer prints its log, which would be taken for reports.
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    job = json.loads(sys.stdin.readline())
+
+    def report(figures: dict[str, Any]) -> None:
+        print(json.dumps(figures), file=reports, flush=True)
+
+    trainer = build_contender(job["recipe"], Path(job["folder"]), Contender(*job["contender"]))
+    if "loss_tokens" in job["orders"]:
+        report(measure_losses(trainer, Path(job["folder"]), **job["orders"]))
+    else:
+        measure_speed(trainer, report, **job["orders"])
+
+
+def build_contender(argv: list[str], folder: Path, contender: Contender) -> Any:
+    """The Trainer of the contender, with a collator that notes the lengths of each batch."""
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer, set_seed
+
+    from vanilla_transformer.training.memory import hold_memory
+    from vanilla_transformer.training.train import build_model, build_trainer
+
+    recipe = parse(argv)
+    if contender.side == "ours" and recipe.training.use_cpu:
+        hold_memory()  # as train.py does
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    set_seed(recipe.training.seed)
+    model = build_model(recipe, tokenizer)
+    trainer = build_trainer(recipe, model, tokenizer, {"train": load_from_disk(folder / "train")})
+    if contender.side == "marian":
+        trainer = build_peer(trainer, contender.same_batches)
+    trainer.data_collator = Noting(trainer.data_collator)
+    return trainer
+
+
+def build_peer(ours: Any, same_batches: bool) -> Any:
+    """transformers' MarianMTModel with our weights in its stock Trainer, with as many rows an update as ours has."""
+    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    marian = build_marian(ours.model)
+    rows, updates = len(ours.train_dataset), len(ours.get_train_dataloader())
+    args = Seq2SeqTrainingArguments(
+        **{name: getattr(ours.args, name) for name in SHARED_ARGUMENTS},
+        label_smoothing_factor=ours.model.config.label_smoothing,
+        train_sampling_strategy="group_by_length",
+        per_device_train_batch_size=round(rows / updates),
+    )
+    peer = Seq2SeqTrainer(
+        model=marian,
+        args=args,
+        train_dataset=ours.train_dataset,
+        processing_class=ours.processing_class,
+        data_collator=DataCollatorForSeq2Seq(ours.processing_class, marian),
+    )
+    if same_batches:
+        peer._get_train_sampler = ours._get_train_sampler
+    return peer
+
+
+def build_marian(ours: Any) -> Any:
+    """A MarianMTModel that computes what `ours` does, with weights and positions copied by name."""
+    import torch
+    from transformers import MarianConfig, MarianMTModel
+
+    sizes = {name: getattr(ours.config, name) for name in SHARED_SIZES}
+    marian = MarianMTModel(MarianConfig(**sizes, bos_token_id=ours.config.bos_token_id, forced_eos_token_id=None))
+    state = {name: value.cpu() for name, value in ours.state_dict().items()}
+    # A buffer there, which is not trained.
+    state["final_logits_bias"] = state.pop("lm_head.bias")[None]
+    # Marian has all sines before all cosines, ours in turn: the same but for the order of the width's units.
+    numbers = torch.arange(ours.config.max_position_embeddings)[None]
+    for stack in ("encoder", "decoder"):
+        positions = getattr(ours.model, stack).embed_positions(numbers, torch.float32)[0]
+        state[f"model.{stack}.embed_positions.weight"] = positions
+    marian.load_state_dict(state)
+    return marian
+
+
+class Noting:
+    """A collator that notes the batches which pass through it: source and target length of each row."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+        self.batches: deque[list[tuple[int, int]]] = deque()
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> Any:
+        self.batches.append([(len(row["input_ids"]), len(row["labels"])) for row in rows])
+        return self.collator(rows)
+
+
+def measure_speed(trainer: Any, report: Any, warmup: int, updates: int) -> None:
+    """Trains, stopping after the warm-up and every round for the parent's word; then reports the memory it took."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        """The loader is ahead of the updates, so each takes the oldest of the noted batches."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            lengths.extend(trainer.data_collator.batches.popleft())
+            if state.global_step < warmup or (state.global_step - warmup) % updates:
+                return
+            seconds = clock() - self.started if state.global_step > warmup else 0.0
+            flops = training_flops(trainer.model.config, lengths)
+            report({"seconds": seconds, "tokens": sum(target for _, target in lengths), "flops": flops})
+            lengths.clear()
+            if not sys.stdin.readline():
+                raise SystemExit("the parent is gone")
+            self.started = clock()
+
+    lengths: list[tuple[int, int]] = []
+    trainer.add_callback(Turns())
+    state = make_state(trainer)
+    trainer.train()
+    report({"state": state, "memory_beyond_state": memory("VmHWM") - state})
+
+
+def make_state(trainer: Any) -> int:
+    """
+    Makes gradients and the optimizer's state, by an update on one sentence, which also loads the libraries' kernels.
+
+    Returns:
+        Bytes that the process holds now. The peak is counted from here.
+    """
+    import torch
+
+    batch = trainer.data_collator([trainer.train_dataset[0]]).to(trainer.args.device)
+    trainer.data_collator.batches.clear()
+    optimizer = trainer.create_optimizer()
+    trainer.model.train()(**batch).loss.backward()
+    optimizer.step()
+    del batch
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # What was freed goes back to the system, and "5" resets the peak (man 5 proc).
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(which: str) -> int:
+    """Bytes that the process holds ("VmRSS"), or the most it has held ("VmHWM"); on a GPU those of its tensors."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() if which == "VmRSS" else torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"{which}:\s+(\d+) kB", status)[0]) * 1024
+
+
+def clock() -> float:
+    """Seconds, after everything that was asked of the GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_flops(config: Any, lengths: list[tuple[int, int]]) -> float:
+    """
+    Floating-point operations of the matrix products that one update needs: two for each weight and token that meet,
+    and those of the attention, once forward and twice backward. Padding needs none, so it counts as waste.
+
+    Args:
+        config: ours or Marian's.
+        lengths: tokens of each row's source and target.
+    """
+    d, flops = config.d_model, 0
+    for source, target in lengths:
+        encoder = source * (8 * d**2 + 4 * d * config.encoder_ffn_dim) + 4 * d * source**2
+        decoder = target * (12 * d**2 + 4 * d * config.decoder_ffn_dim) + 4 * d * target**2
+        across = source * 4 * d**2 + 4 * d * source * target
+        output = 2 * target * d * config.decoder_vocab_size
+        flops += config.encoder_layers * encoder + config.decoder_layers * (decoder + across) + output
+    return 3.0 * flops
+
+
+def measure_losses(trainer: Any, folder: Path, loss_tokens: int) -> dict[str, Any]:
+    """Trains for `loss_tokens` target tokens, to the end of the update that reaches them."""
+    from datasets import load_from_disk
+    from transformers import TrainerCallback
+
+    class Limit(TrainerCallback):
+        """Counts, and stops."""
+
+        tokens = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.tokens += sum(target for _, target in trainer.data_collator.batches.popleft())
+            control.should_training_stop = self.tokens >= loss_tokens
+
+    limit = Limit()
+    trainer.add_callback(limit)
+    rows = load_from_disk(folder / "validation")
+    before = validation_loss(trainer, rows)
+    trainer.train()
+    after = validation_loss(trainer, rows)
+    return {"tokens": limit.tokens, "updates": trainer.state.global_step, "before": before, "after": after}
+
+
+def validation_loss(trainer: Any, rows: Any) -> dict[str, float]:
+    """
+    Nats per target token of `rows`, plain and smoothed. One way for every contender: float32, without dropout,
+    `torch.nn.functional.cross_entropy`.
+    """
+    import torch
+    from torch.nn import functional as F
+    from transformers import DataCollatorForSeq2Seq
+
+    # Without the autocast that training has wrapped it in.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    collate = DataCollatorForSeq2Seq(trainer.processing_class)
+    smoothings = {"nll": 0.0, "smoothed": trainer.args.label_smoothing_factor or model.config.label_smoothing}
+    totals, count = dict.fromkeys(smoothings, 0.0), 0
+    for start_row in range(0, len(rows), SENTENCES):
+        batch = collate(list(rows.select(range(start_row, min(start_row + SENTENCES, len(rows))))))
+        batch = batch.to(trainer.args.device)
+        labels = batch.pop("labels")
+        inputs = model.prepare_decoder_input_ids_from_labels(labels)
+        with torch.no_grad():
+            logits = model(**batch, decoder_input_ids=inputs).logits.flatten(0, 1)
+        for name, smoothing in smoothings.items():
+            losses = F.cross_entropy(logits, labels.flatten(), label_smoothing=smoothing, reduction="sum")
+            totals[name] += losses.item()
+        count += int(labels.ne(-100).sum())
+    return {name: total / count for name, total in totals.items()}
+
+
+def run() -> None:
+    """Ends with one line, not with a traceback, where the user got something wrong."""
+    if sys.argv[1:] == ["_worker"]:
+        work()
+        return
+    # Before the imports, so that --help is instant.
+    options = parse_arguments(sys.argv[1:])
+    from vanilla_transformer.training.arguments import run_program
+
+    run_program(lambda _: options.command(options), sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,161 @@
+"""Means of weights: of a run's last checkpoints (Vaswani et al., 2017, section 6.1), or of all its updates (EMA)."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from .arguments import UserError
+
+
+EMA_NAME = "ema.safetensors"
+
+
+class AveragingError(UserError):
+    """Checkpoints that have no mean."""
+
+
+def last_checkpoints(folder: str | Path, count: int) -> list[Path]:
+    """The last `count` checkpoints in a run's folder, the oldest first; all of them if the run was too short."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
+    # What is not a number is still being written.
+    return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]))[-count:]
+
+
+def load_average(model: PreTrainedModel, checkpoints: Sequence[Path]) -> None:
+    """
+    Gives `model` the mean of the checkpoints' weights, added up in float64, one tensor at a time: it takes the memory
+    of the model, however many checkpoints there are.
+
+    Args:
+        model: a model of the checkpoints' kind; its weights are replaced, their dtype stays.
+        checkpoints: folders of saved models.
+
+    Raises:
+        AveragingError: as `refuse_different` does.
+    """
+    refuse_different(checkpoints)
+    # The weights themselves, a shared one under each of its names. A checkpoint stores it once.
+    weights = model.state_dict()
+    with ExitStack() as stack:
+        files = [stack.enter_context(_open(path)) for path in checkpoints]
+        for name in files[0].offset_keys():
+            weights[name].copy_(torch.stack([file.get_tensor(name).double() for file in files]).mean(dim=0))
+
+
+def refuse_different(checkpoints: Sequence[Path]) -> None:
+    """
+    Looks at the checkpoints without reading their weights.
+
+    Raises:
+        AveragingError: a checkpoint is none, is damaged, or is of another model than the first.
+    """
+    kinds = [_kind(path) for path in checkpoints]
+    for path, kind in zip(checkpoints, kinds, strict=True):
+        for name in sorted(kinds[0].keys() | kind.keys()):
+            first, other = kinds[0].get(name, "absent"), kind.get(name, "absent")
+            if first != other:
+                raise AveragingError(
+                    f"{checkpoints[0]} and {path} are not of one model: {name} is {first} in the one and {other} in "
+                    "the other"
+                )
+
+
+def _kind(checkpoint: Path) -> dict[str, Any]:
+    """What checkpoints of one model have in common: the fields of the configuration and the shapes of the tensors."""
+    with _open(checkpoint) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
+    try:
+        config = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AveragingError(f"{checkpoint / CONFIG_NAME} cannot be read: {error}") from error
+    config.pop("transformers_version", None)
+    return shapes | config
+
+
+def _open(checkpoint: Path) -> safe_open:
+    try:
+        return safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt")
+    except FileNotFoundError:
+        raise AveragingError(f"{checkpoint} is not a checkpoint: it holds no {SAFE_WEIGHTS_NAME}") from None
+    except SafetensorError as error:
+        raise AveragingError(f"{checkpoint / SAFE_WEIGHTS_NAME} is damaged: {error}") from error
+
+
+class ExponentialMean(TrainerCallback):
+    """
+    The mean of the weights after each update, of which the last weigh most: after update t those after update s weigh
+    in proportion to decay^(t - s). The proportions add up to 1 from the first update on, as those of Adam's moments do
+    (Kingma & Ba, 2015, section 3), so the random weights that a run begins with never count.
+
+    When training ends, the model is given the mean.
+
+    Args:
+        decay: between 0 and 1; the mean reaches back some 1 / (1 - decay) updates.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.mean: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """Takes the weights to follow; those that are shared count once."""
+        self.weights = dict(model.named_parameters())
+        # A run that resumes has loaded its mean by now.
+        start = self.mean or self.weights
+        self.mean = {name: start[name].detach().to(weight.device, copy=True) for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        """Moves the mean towards the new weights."""
+        # 1 / (1 + decay + ... + decay^(t - 1)): the part that update t has in the mean.
+        part = (1 - self.decay) / (1 - self.decay**state.global_step)
+        torch._foreach_lerp_(list(self.mean.values()), list(self.weights.values()), part)
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, **kwargs):
+        """Ends with the mean."""
+        for name, weight in self.weights.items():
+            weight.copy_(self.mean[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the mean for its weights inside, and its own weights, to the bit, after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
+            kept = weight.clone()
+            weight.copy_(self.mean[name])
+            self.mean[name].copy_(kept)
+
+    def save(self, checkpoint: str) -> None:
+        """Writes the mean into a checkpoint's folder."""
+        save_file(self.mean, Path(checkpoint, EMA_NAME), metadata={"format": "pt"})
+
+    def load(self, checkpoint: str) -> None:
+        """
+        Reads the mean of a checkpoint.
+
+        Raises:
+            AveragingError: it holds none.
+        """
+        path = Path(checkpoint, EMA_NAME)
+        if not path.exists():
+            raise AveragingError(
+                f"ema_decay={self.decay}, but {checkpoint} is of a run without it and holds no {EMA_NAME}: leave "
+                "ema_decay out, or begin a new run"
+            )
+        self.mean = load_file(path)

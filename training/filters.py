@@ -1,0 +1,161 @@
+"""Pairs that training is better without, and the report of what was left out.
+
+After Moses' clean-corpus-n.perl and fairseq's scripts for WMT (length, ratio, identical and duplicate pairs), with a
+test for wrong encodings. Each test sees one pair, so a stream can be filtered as well as a data set.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .arguments import DataArguments
+
+
+# Reasons, in the words of the report -> tests of (source, target), or of their numbers of tokens.
+Tests = dict[str, Callable[[Any, Any], bool]]
+
+# UTF-8 read as Windows-1252: a letter (the first byte of a character), and one to three signs of these, which were the
+# bytes 0x80 to 0xBF. Right text has such pairs where a word ends and punctuation follows: "É…", "été\u00a0»", "váš“".
+SIGN = f"[{re.escape(bytes(range(0x80, 0xC0)).decode('cp1252', 'ignore'))}]"
+# Signs that right text never has straight after a letter.
+ODD = "[€ƒ‰œŸ¡¢£¤¥¦§¶¼½¾¿]"
+MOJIBAKE = (
+    f"(?<=[a-z])[Â-ÖØ-Þ]{SIGN}"  # a capital in a small word: "schÃ¶n"
+    f"|(?<![^\\W\\d_])[ÂÃ]{SIGN}"  # capitals that are no word of their own: "Ã¼ber", "Â©"
+    f"|[ÂÃ]{SIGN}(?=[a-z])"  # "MÃ¤nner"
+    f"|[ÄÅÎÏÐÑØÙ]{ODD}"  # more Latin, Greek, Cyrillic, Arabic: "Ð½" was н
+    f"|[à-ï]{ODD}{SIGN}"  # most other scripts, and quotes: "â€œ" was “
+    f"|ð{ODD}{SIGN}{{2}}"  # emoji
+)
+CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # not tab, line feed, carriage return
+BAD_ENCODING = re.compile(f"\ufffd|{CONTROL}|{MOJIBAKE}")
+
+
+def is_empty(source: str, target: str) -> bool:
+    """Whether a side holds nothing but white space."""
+    return not source.strip() or not target.strip()
+
+
+def is_identical(source: str, target: str) -> bool:
+    """Whether both sides are the same text: it was not translated."""
+    return source.strip() == target.strip()
+
+
+def is_badly_encoded(*texts: str) -> bool:
+    """
+    Whether one of the texts was decoded wrongly on its way.
+
+    That shows in U+FFFD (what decoders write for bytes that they cannot read), in control characters, and in UTF-8
+    that was read as Windows-1252 ("Ã¼" for "ü"). The last is told by pairs of characters that right text does not
+    have, so that some of it goes unseen, rather than right text left out.
+    """
+    return any(BAD_ENCODING.search(text) for text in texts)
+
+
+class Duplicates:
+    """Tells whether a pair came before. Holds 64 bits for each pair that it saw, some 80 bytes of memory."""
+
+    def __init__(self):
+        self._seen: set[bytes] = set()
+
+    def __call__(self, source: str, target: str) -> bool:
+        pair = f"{len(source)} {source}{target}".encode()
+        digest = hashlib.blake2b(pair, digest_size=8).digest()
+        if digest in self._seen:
+            return True
+        self._seen.add(digest)
+        return False
+
+
+def text_tests(data: DataArguments) -> Tests:
+    """The tests of a pair's text that `data` asks for, in their order. They are new: no duplicate is known yet."""
+    tests: Tests = {"an empty side": is_empty}
+    if data.drop_bad_encoding:
+        tests["a wrong encoding"] = is_badly_encoded
+    if data.drop_identical:
+        tests["identical sides"] = is_identical
+    if data.drop_duplicates:
+        tests["a pair that came before"] = Duplicates()
+    return tests
+
+
+def length_limits(data: DataArguments) -> Tests:
+    """The tests of a pair's numbers of tokens, eos included, against the longest that fit."""
+    longest_source, longest_target = data.max_source_length, data.max_target_length
+    return {
+        f"more than max_source_length={longest_source} tokens": lambda source, _: source > longest_source,
+        f"more than max_target_length={longest_target} tokens": lambda _, target: target > longest_target,
+    }
+
+
+def ratio_limit(data: DataArguments) -> Tests:
+    """The test of a pair's numbers of tokens against each other, as in Moses without eos, if `data` asks for it."""
+    ratio = data.max_length_ratio
+    if ratio is None:
+        return {}
+    return {
+        f"a length ratio over max_length_ratio={ratio:g}": lambda source, target: (
+            max(source, target) - 1 > ratio * (min(source, target) - 1)
+        )
+    }
+
+
+def find_fault(tests: Tests, source: Any, target: Any) -> str | None:
+    """The first of the reasons to leave a pair out, or None."""
+    return next((reason for reason, fails in tests.items() if fails(source, target)), None)
+
+
+class FilterReport:
+    """How many rows there were, and for each reason how many were left out and the number of the first, from 1."""
+
+    def __init__(self):
+        self.rows = 0
+        self.left_out: dict[str, tuple[int, int]] = {}
+        # Numbers of the rows that are still there, for the tests to come; None is all.
+        self.numbers: np.ndarray | None = None
+
+    @property
+    def kept(self) -> int:
+        """How many rows are left."""
+        return self.rows - sum(count for count, _ in self.left_out.values())
+
+    def add(self, reason: str, row: int) -> None:
+        """Counts a row that is left out."""
+        count, first = self.left_out.get(reason, (0, row))
+        self.left_out[reason] = count + 1, first
+
+    def __str__(self) -> str:
+        lines = [f"kept {self.kept} of {self.rows} rows"]
+        if self.left_out:
+            lines += ["  left out  first row  because of"]
+        lines += [f"{count:>10} {first:>10}  {reason}" for reason, (count, first) in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def filter_rows(rows: Dataset, tests: Tests, values: Iterable[tuple[Any, Any]], report: FilterReport) -> Dataset:
+    """
+    Leaves out the rows that fail a test.
+
+    Args:
+        rows: a data set.
+        tests: of `text_tests` or `length_limits`.
+        values: for each row the two that are tested: texts, or numbers of tokens.
+        report: is told what is left out. A second call goes on from the rows that the first one kept.
+
+    Returns:
+        Those of the rows that pass all tests.
+    """
+    if report.numbers is None:
+        report.rows, report.numbers = len(rows), np.arange(1, len(rows) + 1)
+    keep = np.ones(len(rows), dtype=bool)
+    for index, (source, target) in enumerate(values):
+        reason = find_fault(tests, source, target)
+        if reason is not None:
+            keep[index] = False
+            report.add(reason, int(report.numbers[index]))
+    report.numbers = report.numbers[keep]
+    return rows if keep.all() else rows.select(np.flatnonzero(keep))

@@ -39,7 +39,7 @@ def take_the_cpu_for_a_gpu() -> None:
 
 
 def one_update(folder: Path, **options) -> dict[str, torch.Tensor]:
-    """The loss and every gradient of one update over eight uneven rows; whether the logits were never made; eval_loss."""
+    """Of one update over eight uneven rows: loss, gradients, whether no logits were made, and eval_loss after it."""
     torch.manual_seed(0)
     model = VanillaTransformerForConditionalGeneration(VanillaTransformerConfig(**TINY, dropout=0.0))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def one_update(folder: Path, **options) -> dict[str, torch.Tensor]:
     start = {name: value.clone() for name, value in model.state_dict().items()}
     fused = []
     model.register_forward_hook(lambda module, args, output: fused.append(output.logits is None))
-    options = {"max_steps": 1, "logging_steps": 1, "per_device_eval_batch_tokens": 40, **options}
+    options = {"max_steps": 1, "logging_steps": 1, "per_device_eval_batch_tokens": 24, **options}
     trainer = make_trainer(model, uneven_rows(), folder, **options)
     trainer.train()
     found = {"fused": torch.tensor(fused)}

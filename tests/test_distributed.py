@@ -1,4 +1,4 @@
-"""Several processes, on one machine and on two, with the model whole in each or sharded: what one process does, they do."""
+"""Several processes, on one machine and on two, with the model whole in each or sharded, do what one process does."""
 
 import os
 import signal
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_training import write_recipe
 from transformers import AutoModelForSeq2SeqLM
 
+from vanilla_transformer.training.arguments import RecipeError
 from vanilla_transformer.training.train import main
 
 
@@ -69,7 +70,8 @@ def processes(request, tmp_path_factory) -> Path:
     config, ending, parts = KINDS[request.param]
     folder = tmp_path_factory.mktemp("processes") / "two"
     recipe_in(folder, **ending)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config, "--num_processes", 2]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
+    command += ["--num_processes", 2]
     commands = [command]
     if request.param == "two nodes":
         rendezvous = ["--main_process_ip", "127.0.0.1", "--main_process_port", get_free_port()]
@@ -106,6 +108,12 @@ def test_the_end_of_a_run_is_an_ordinary_model(processes):
     for name, value in load_file(processes / "run" / "model.safetensors").items():
         expected = torch.stack([end[name] for end in ends]).mean(dim=0) if averaged else ends[1][name]
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("processes", ["FSDP2"], indirect=True)
+def test_a_checkpoint_of_a_sharded_model_is_resumed_by_sharded_models(processes):
+    with pytest.raises(RecipeError, match="was written with FSDP, and this run is without"):
+        main([str(processes / "recipe.yaml"), "--resume_from_checkpoint", "last", "--max_steps", "21"])
 
 
 @pytest.fixture(scope="module")

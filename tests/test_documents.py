@@ -63,6 +63,8 @@ def test_each_python_block_of_the_readme_runs(code, saved_model):
 def test_each_training_command_of_the_documents_is_understood(line, saved_model, monkeypatch):
     monkeypatch.chdir(saved_model)
     (saved_model / "runs" / "en-fr" / "recipe.yaml").write_text("dataset: phrasebook:en-fr\noutput_dir: runs/en-fr\n")
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+    (saved_model / "mine.yaml").write_text(recipe, encoding="utf-8")
     words = shlex.split(line.split("vanilla_transformer.training.train ", 1)[1])
     recipe = parse_recipe([word for word in words if word != "&&"])
     assert recipe.training.output_dir
@@ -70,7 +72,7 @@ def test_each_training_command_of_the_documents_is_understood(line, saved_model,
 
 
 def test_the_translate_command_of_the_readme_runs(saved_model):
-    (line,) = [line for line in COMMANDS if line.startswith("python scripts/translate.py")]
+    (line,) = [line for line in COMMANDS if line.startswith("python scripts/translate.py runs/en-fr")]
     (saved_model / "sentences.txt").write_text("3 days ago\n\n")
     script, *words = shlex.split(line)[1:]
     result = subprocess.run(

@@ -14,6 +14,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
@@ -147,12 +148,27 @@ class TranslationTrainer(ResumableTrainer):
             options = {"reduce_dtype": torch.float32, "output_dtype": None}
             plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **options)
         # accelerate would make a group of the tables that the model names. But up to four of our modules share one,
-        # torch refuses a tensor that is in two groups, and the loss reads the output matrix without a call of its module.
+        # torch refuses a tensor that is in two groups, and the loss reads the output matrix without calling its module.
         model.get_input_embeddings = model.get_output_embeddings = lambda: None
         try:
             return super()._prepare_for_training(*args, **kwargs)
         finally:
             del model.get_input_embeddings, model.get_output_embeddings
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """
+        Loads the weights to resume from.
+
+        Raises:
+            RecipeError: they were written with FSDP and this run is without, or the other way round.
+        """
+        if Path(resume_from_checkpoint, f"{FSDP_MODEL_NAME}.bin").exists() != self.is_fsdp_enabled:
+            written, now = ("without", "with") if self.is_fsdp_enabled else ("with", "without")
+            raise RecipeError(
+                f"{resume_from_checkpoint} was written {written} FSDP, and this run is {now} it: start it as it was "
+                "started before"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss; in training with `r_drop_alpha`, that of R-Drop (see r_drop.py)."""
@@ -186,10 +202,6 @@ class TranslationTrainer(ResumableTrainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """The stock loop, with the loss of the whole set in place of its own average."""
         self._nll_and_count = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        if self.is_fsdp_enabled:
-            # A sharded model needs every process until the last has finished its sentences; transformers sees to that
-            # only for the models that it sharded itself.
-            self._gen_kwargs["synced_gpus"] = True
         output: EvalLoopOutput = super().evaluation_loop(
             dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )

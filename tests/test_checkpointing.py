@@ -29,8 +29,10 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
-from vanilla_transformer.training.arguments import TrainingArguments, UserError
+from vanilla_transformer.training.arguments import DataArguments, TrainingArguments, UserError
+from vanilla_transformer.training.bpe_dropout import BpeDropoutRows
 from vanilla_transformer.training.checkpointing import CheckpointError, damage, newest_checkpoint, settle
+from vanilla_transformer.training.data import tokenize_pairs
 from vanilla_transformer.training.train import checkpoint_to_resume
 from vanilla_transformer.training.trainer import TranslationTrainer, callbacks
 
@@ -40,6 +42,7 @@ KILLS = int(os.environ.get("KILLS", "3"))
 UPDATES = 6 * KILLS + 4
 # A checkpoint is made between two entries of the log, in the middle of an epoch and at its end.
 INTERVALS = {"logging_steps": 3, "save_steps": 4, "eval_strategy": "epoch", "save_strategy": "steps"}
+WORDS, VOCABULARY = ("red", "green", "blue", "white", "black", "grey"), 280
 WALL_CLOCK = ("minutes", "runtime", "per_second")
 # Forks from a process that has imported everything, so that a life costs no import.
 FORKS = multiprocessing.get_context("forkserver")
@@ -47,13 +50,14 @@ FORKS.set_forkserver_preload(["vanilla_transformer.training.train", "matplotlib"
 
 
 def make_trainer(run: Path, config: dict, *watchers: TrainerCallback, **options) -> TranslationTrainer:
-    """A trainer with dropout, accumulation and a mean of weights, on rows of uneven lengths."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 9, (2, 60), generator=generator).tolist()
-    texts = [[torch.randint(3, 61, (length,), generator=generator).tolist() for length in side] for side in lengths]
-    rows = Dataset.from_dict({"input_ids": texts[0], "labels": texts[1]})
+    """A trainer with dropout, BPE-dropout, accumulation and a mean of weights, on rows of uneven lengths."""
+    dice = random.Random(1)
+    texts = [[" ".join(dice.choices(WORDS, k=dice.randint(1, 5))) for _ in range(54)] for _ in range(2)]
+    tokenizer, data = train_tokenizer(WORDS, VOCABULARY), DataArguments(bpe_dropout=0.3)
+    pairs = Dataset.from_dict({"source": texts[0], "target": texts[1]})
+    rows = tokenize_pairs(pairs, tokenizer, data, "train")
     options = {
-        "learning_rate": 0.01, "warmup_steps": 5, "max_steps": UPDATES, "per_device_train_batch_tokens": 32,
+        "learning_rate": 0.01, "warmup_steps": 5, "max_steps": UPDATES, "per_device_train_batch_tokens": 22,
         "gradient_accumulation_steps": 2, "predict_with_generate": False, "metric_for_best_model": "loss",
         "load_best_model_at_end": False, "ema_decay": 0.9, "report_to": "none", "disable_tqdm": True,
         "resume_from_checkpoint": "last", **INTERVALS, **options,
@@ -63,10 +67,9 @@ def make_trainer(run: Path, config: dict, *watchers: TrainerCallback, **options)
     return TranslationTrainer(
         model=VanillaTransformerForConditionalGeneration(VanillaTransformerConfig(**config)),
         args=args,
-        train_dataset=rows,
+        train_dataset=BpeDropoutRows(rows, tokenizer, data, args.seed),
         eval_dataset=rows.select(range(10)),
-        # It only pads, with 0 and -100.
-        data_collator=DataCollatorForSeq2Seq(train_tokenizer(["text"], 300)),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=[*callbacks(args), *watchers],
     )
 
@@ -93,7 +96,7 @@ def left_by(run: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def config(tiny_config) -> dict:
-    return tiny_config(encoder_layers=1, decoder_layers=1).to_dict()
+    return tiny_config(encoder_layers=1, decoder_layers=1, vocab_size=VOCABULARY).to_dict()
 
 
 @pytest.fixture(scope="module", autouse=True)

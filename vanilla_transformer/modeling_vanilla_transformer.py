@@ -31,9 +31,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
-from .dropout_vanilla_transformer import Dropout, fast_dropout
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
 from .loss_vanilla_transformer import label_smoothed_cross_entropy, projected_cross_entropy, shift_right
+from .operations_vanilla_transformer import Dropout, cast_once, fast_dropout
 
 
 def scaled_dot_product_attention(
@@ -199,8 +199,8 @@ class TransformerLayer(GradientCheckpointingLayer):
     def residual(self, x: torch.Tensor, norm: nn.LayerNorm, sublayer) -> torch.Tensor:
         """LayerNorm(x + Dropout(Sublayer(x))) (sections 3.1, 5.4), or pre-norm: x + Dropout(Sublayer(LayerNorm(x)))."""
         if self.normalize_before:
-            return x + self.dropout(sublayer(norm(x)))
-        return norm(x + self.dropout(sublayer(x)))
+            return x + self.dropout(sublayer(cast_once(norm(x))))
+        return norm(x + self.dropout(sublayer(cast_once(x))))
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2  (section 3.3, equation 2), with the configured activation."""
@@ -443,6 +443,7 @@ class Decoder(TransformerStack):
         encoder_attention_mask = create_bidirectional_mask(
             self.config, hidden_states, encoder_attention_mask, encoder_hidden_states
         )
+        encoder_hidden_states = cast_once(encoder_hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,

@@ -1,9 +1,9 @@
-"""The cheap dropout against what dropout is: a mask of independent coins, and the same mask in the gradient."""
+"""The cheap dropout against what dropout is, independent coins; and one cast against several."""
 
 import pytest
 import torch
 
-from vanilla_transformer.dropout_vanilla_transformer import Dropout, fast_dropout
+from vanilla_transformer.operations_vanilla_transformer import Dropout, cast_once, fast_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -50,3 +50,36 @@ def test_torchs_seed_decides_the_mask():
 def test_nothing_is_dropped_in_evaluation_or_at_rate_0(p, training):
     x = torch.randn(5, 3)
     assert torch.equal(Dropout(p).train(training)(x), x)
+
+
+def test_one_cast_serves_all_who_read_it():
+    torch.manual_seed(0)
+    x, projections = torch.randn(5, 8, requires_grad=True), [torch.nn.Linear(8, 8) for _ in range(3)]
+    found = {}
+    for cast in (lambda x: x, cast_once):
+        kept: set[int] = set()
+
+        def note(tensor, kept=kept):
+            if tensor.shape == x.shape:
+                kept.add(tensor.data_ptr())
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            read = cast(x * 1)  # of a leaf, autocast itself would keep the cast
+            outputs = [projection(read) for projection in projections]
+        (gradient,) = torch.autograd.grad(sum(output.float().square().sum() for output in outputs), x)
+        found[cast] = (outputs, gradient, len(kept))
+    (plain, plain_gradient, copies), (once, gradient, copy) = found.values()
+    assert all(torch.equal(a, b) for a, b in zip(plain, once, strict=True))
+    torch.testing.assert_close(gradient, plain_gradient, rtol=2e-2, atol=2e-2)  # summed in bfloat16, not in float32
+    assert (copies, copy) == (3, 1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_cast_that_autocast_would_not_cast(enabled):
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        assert cast_once(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+        assert cast_once(torch.ones(2)).dtype == (torch.bfloat16 if enabled else torch.float32)

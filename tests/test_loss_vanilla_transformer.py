@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from vanilla_transformer.loss_vanilla_transformer import CHUNK, label_smoothed_cross_entropy, projected_cross_entropy
@@ -193,3 +194,24 @@ def test_with_and_without_logits_training_is_the_same(tiny_model, batch):
         found.append([outputs.loss, *(parameter.grad for parameter in model.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_training_is_the_same_and_is_not_compiled_anew_for_each_length(tiny_model, padded):
+    model = tiny_model(dropout=0, attention="eager").train()
+    compiles = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=compiles)
+    counts = []
+    for shift in range(5):
+        sources, mask = padded((5 + shift, 3, 7 + 2 * shift))
+        labels = padded((4, 2 + shift, 6 + shift), seed=shift)[0]
+        found = []
+        for run in (model, compiled):
+            model.zero_grad()
+            loss = run(input_ids=sources, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        counts.append(compiles.frame_count)
+    assert counts[0] > 0
+    assert counts[1:] == [counts[1]] * 4

@@ -46,6 +46,8 @@ def label_smoothed_cross_entropy(
     return _per_token(total, labels, num_items_in_batch)
 
 
+# Left out of compiled graphs: one that unrolled the chunks would be compiled anew for every number of tokens.
+@torch.compiler.disable
 def projected_cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,

@@ -421,7 +421,7 @@ class Decoder(TransformerStack):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -608,8 +608,7 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         Args:
             labels: true target tokens, `[B, T]`, -100 where none is to be predicted. They are shifted right to make
                 the decoder's input, unless that is given.
-            num_items_in_batch: number of target tokens of the whole update, by which the loss is divided. Default:
-                those in `labels`.
+            num_items_in_batch: target tokens of the whole update, which divide the loss. Default: those in `labels`.
             return_logits: whether training with `labels` gives logits too; the loss alone is faster without them.
 
         Returns:

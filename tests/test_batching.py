@@ -71,7 +71,7 @@ def test_the_seed_and_the_epoch_decide_the_order_whatever_was_drawn_before():
 
 
 def test_evaluation_takes_the_longest_first():
-    longest = [max(TARGETS[row] for row in batch) for batch in sampler(shuffle=False)]
+    longest = [max(max(SOURCES[row], TARGETS[row]) for row in batch) for batch in sampler(shuffle=False)]
     assert longest == sorted(longest, reverse=True)
 
 

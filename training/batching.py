@@ -20,10 +20,11 @@ class TokenBudgetBatches(BatchRebalanceSampler):
     """
     Yields batches, as lists of row numbers, of at most `max_tokens` padded tokens on each side.
 
-    Rows are sorted by both lengths and cut where the budget is full, so that next to nothing is padded. Each epoch
-    shuffles which of the rows of equal lengths meet, and the order of the batches (without that, updates would go from
-    long sentences to short ones, and a small model forgets the ones while it learns the others). The sizes of the
-    batches stay, and so does their number: a run can resume at any batch, and every process has as many.
+    Rows are sorted by their longer side and, where that is equal, by how much longer it is, in turns upwards and
+    downwards; and cut where the budget is full, so that little is padded. Each epoch shuffles which of the rows of
+    equal lengths meet, and the order of the batches (without that, updates would go from long sentences to short ones,
+    and a small model forgets the ones while it learns the others). The sizes of the batches stay, and so does their
+    number: a run can resume at any batch, and every process has as many.
 
     Args:
         source_lengths: tokens of each row's source.
@@ -64,7 +65,9 @@ class TokenBudgetBatches(BatchRebalanceSampler):
             )
         if len(sources) < num_processes:
             raise BatchError(f"{len(sources)} rows cannot be dealt to {num_processes} processes: add data")
-        self.key = targets * (sources.max() + 1) + sources
+        difference = targets - sources
+        snake = torch.where(longest % 2 == 0, difference, -difference)
+        self.key = longest * (2 * longest.max() + 1) + snake
         order = self.key.argsort(descending=True, stable=True)
         self.sizes = batch_sizes(longest[order].tolist(), max_tokens, num_processes)
 

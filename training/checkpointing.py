@@ -211,6 +211,13 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def finish(self) -> None:
+        """Hears the last of the others: a process that exits while it is being told something is aborted by gloo."""
+        if self.pending is not None:
+            self.pending.wait()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
     def agreed(self) -> int:
         """
         The signal, or 0; the same in every process. To be called after each update, by all of them.
@@ -250,7 +257,9 @@ class ResumableTrainer(Seq2SeqTrainer):
         self._saved_at = -1
         self.stop = StopSignal(self.args.world_size, speaks=self.is_world_process_zero())
         with self.stop.listening():
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        self.stop.finish()
+        return output
 
     def _init_training_state(self, max_steps, updates_per_epoch, epochs, resume_from_checkpoint, trial):
         """Keeps to this call's arguments, where the stock loop logs, evaluates and saves as the checkpoint says."""

@@ -1,6 +1,7 @@
-"""Measures this package against its peers on this machine: `python scripts/benchmark.py train`.
+"""Measures this package against its peers on this machine: `python scripts/benchmark.py train`, or `decode`.
 
-`train` compares training with transformers' MarianMTModel under its stock Seq2SeqTrainer, at the same size. Contenders
+`train` compares training with transformers' MarianMTModel under its stock Seq2SeqTrainer, at the same size. `decode`
+compares translating, on the CPU, with transformers' own search, with MarianMTModel and with CTranslate2. Contenders
 take turns, each in a process of its own, so that a machine whose speed varies treats them alike. Memory is read from
 /proc: Linux only. What is measured, and why so, is in docs/benchmarks.md.
 """
@@ -9,6 +10,7 @@ import argparse
 import ctypes
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -20,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +51,7 @@ TRAINING_ALONE = shlex.split(
     "--gradient_accumulation_steps 1 --eval_strategy no --load_best_model_at_end false "
     "--report_to none --disable_tqdm true --logging_steps 10"
 )
+MULTI30K = "Multi30k (https://github.com/multi30k/dataset): name its folder by --multi30k_dir or MULTI30K_DIR"
 # What the peer's Trainer is told as ours is. All else is stock.
 SHARED_ARGUMENTS = (
     "output_dir", "max_steps", "seed", "bf16", "torch_compile", "use_cpu", "dataloader_pin_memory", "optim",
@@ -60,9 +65,16 @@ SHARED_SIZES = (
 )  # fmt: skip
 MATMUL_SECONDS = 0.5
 
+# `decode`: width of the beam and sentences that are translated together.
+SEARCHES = {"1x1": (1, 1), "4x1": (4, 1), "4x16": (4, 16), "1x32": (1, 32), "4x64": (4, 64)}
+# With --memory: other source lengths and beams, a few new tokens.
+MEMORY_LENGTHS, MEMORY_BEAMS, MEMORY_BATCH, MEMORY_NEW_TOKENS = (32, 128, 512), (1, 4, 8), 8, 8
+# Of a test set, cells of one sentence at a time translate only the first, and the largest cell has its BLEU measured.
+SPEED_SENTENCES, BLEU_CELL = 100, "4x64"
+
 
 class Contender(NamedTuple):
-    """Who trains, and how. `same_batches` gives the peer our batches instead of those that its Trainer makes."""
+    """Who works, and how. `same_batches` gives the peer our batches instead of those that its Trainer makes."""
 
     side: str
     dtype: str
@@ -74,27 +86,54 @@ class Contender(NamedTuple):
         return f"{self.side} {self.dtype}{''.join(extras)}"
 
 
+SIDES = {
+    "ours": ("float32", "bfloat16", "int8"),
+    "stock": ("float32",),
+    "marian": ("float32", "bfloat16"),
+    "ctranslate2": ("float32", "int8"),
+}
+DECODERS = {f"{side} {dtype}": Contender(side, dtype) for side, dtypes in SIDES.items() for dtype in dtypes}
+# What the others' speed is divided by: the fastest of these.
+PEERS = {
+    "CTranslate2 int8": ["ctranslate2 int8"],
+    "CTranslate2 float32": ["ctranslate2 float32"],
+    "Marian's best": ["marian float32", "marian bfloat16"],
+}
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line; `fields` are the words that no option here knows, for the recipe to understand."""
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **form)
     commands = parser.add_subparsers(title="commands", required=True)
-    about = "compares training with MarianMTModel under Seq2SeqTrainer"
-    after = "Any field of a recipe may follow, as in training, e.g. --d_model 64; the peer gets the same size."
-    train = commands.add_parser("train", help=about, description=f"{about}.", epilog=after, **form)
-    train.set_defaults(command=compare_training)
+
+    def add_command(name: str, about: str, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        after = "Any field of a recipe may follow, as in training, e.g. --d_model 64; the peers get the same size."
+        added = commands.add_parser(name, help=about, description=f"{about}.", epilog=after, **form)
+        added.set_defaults(command=command)
+        folder = os.environ.get("MULTI30K_DIR")
+        added.add_argument("--multi30k_dir", default=folder, help="folder of Multi30k (default: $MULTI30K_DIR)")
+        added.add_argument("--rounds", type=positive, default=5, help="turns of each contender (default: 5)")
+        added.add_argument("--threads", type=positive, help="CPU threads (default: one for each core)")
+        added.add_argument("--output", help="write everything measured here as JSON")
+        return added
+
+    train = add_command("train", "compares training with MarianMTModel under Seq2SeqTrainer", compare_training)
     train.add_argument("--cells", nargs="+", choices=list(CELLS), help="sizes (default: tiny base; on a GPU big too)")
-    train.add_argument(
-        "--multi30k_dir", default=os.environ.get("MULTI30K_DIR"), help="folder of Multi30k (default: $MULTI30K_DIR)"
-    )
-    train.add_argument("--rounds", type=positive, default=5, help="turns of each contender (default: 5)")
     train.add_argument("--updates", type=positive, help="updates in a turn (default: tiny 10, base and big 2)")
     train.add_argument("--warmup", type=positive, help="updates before the first (default: tiny 5, base and big 1)")
-    train.add_argument("--threads", type=positive, help="CPU threads (default: one for each core)")
     train.add_argument(
         "--loss_tokens", type=positive, help="compare tiny's losses after so many target tokens instead of the speed"
     )
-    train.add_argument("--output", help="write everything measured here as JSON")
+    decode = add_command("decode", "compares translating with transformers, Marian and CTranslate2", compare_decoding)
+    decode.add_argument(
+        "--cells", nargs="+", choices=list(SEARCHES), help="beams x sentences in a batch (default: all)"
+    )
+    decode.add_argument("--contenders", nargs="+", choices=list(DECODERS), help="who takes part (default: all)")
+    decode.add_argument("--model", help="a trained model, which translates Multi30k's test set instead of random text")
+    decode.add_argument(
+        "--memory", action="store_true", help="compare the memory of ours and stock at other source lengths and beams"
+    )
     options, fields = parser.parse_known_args(argv)
     options.fields = fields
     return options
@@ -112,38 +151,48 @@ def compare_training(options: argparse.Namespace) -> None:
     import torch
 
     from vanilla_transformer.training.arguments import UserError
-    from vanilla_transformer.training.report import write_beside
 
     # 1. what to do; what is wrong is said before anything is measured
+    check_machine(options)
+    everything = ["tiny"] if options.loss_tokens else ["tiny", "base"] + ["big"] * torch.cuda.is_available()
+    cells = options.cells or everything
+    if options.loss_tokens and cells != ["tiny"]:
+        raise UserError("--loss_tokens compares the losses of tiny, which has real text: leave --cells out")
+    if "tiny" in cells and not options.multi30k_dir:
+        raise UserError(f"the cell tiny needs {MULTI30K}, or leave the cell out by --cells base")
+    recipes = {name: recipe_of(name, options) for name in cells}
+
+    # 2. measurements
+    results = about_this_run(options, "accelerate")
+    measure, show = (compare_losses, loss_table) if options.loss_tokens else (compare_speed, speed_table)
+    for name, recipe in recipes.items():
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(recipe, Path(folder))
+            results["cells"][name] = measure(name, recipe, Path(folder), options)
+        tell(name, show(results["cells"][name]), results, options)
+
+
+def check_machine(options: argparse.Namespace) -> None:
+    """Raises UserError if nothing can be measured or written here, and sets the number of threads."""
+    import torch
+
+    from vanilla_transformer.training.arguments import UserError
+
     if sys.platform != "linux":
         raise UserError(f"memory is read from /proc, which {sys.platform} has not: run this on Linux")
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise UserError(f"output={options.output}: there is no such folder to write it in")
     options.threads = options.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(options.threads)
-    everything = ["tiny"] if options.loss_tokens else ["tiny", "base"] + ["big"] * torch.cuda.is_available()
-    cells = options.cells or everything
-    if options.loss_tokens and cells != ["tiny"]:
-        raise UserError("--loss_tokens compares the losses of tiny, which has real text: leave --cells out")
-    if "tiny" in cells and not options.multi30k_dir:
-        raise UserError(
-            "the cell tiny needs Multi30k (https://github.com/multi30k/dataset): name its folder by --multi30k_dir or "
-            "MULTI30K_DIR, or leave the cell out by --cells base"
-        )
-    recipes = {name: recipe_of(name, options) for name in cells}
 
-    # 2. measurements
-    results = about_this_run(options)
-    measure, show = (compare_losses, loss_table) if options.loss_tokens else (compare_speed, speed_table)
-    print(f"{results['machine']}, torch {results['versions']['torch']}")
-    for name, recipe in recipes.items():
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(recipe, Path(folder))
-            results["cells"][name] = measure(name, recipe, Path(folder), options)
-        print(f"\n{name}\n{show(results['cells'][name])}", flush=True)
-        if options.output:
-            # After each cell: a long run that is stopped keeps what it has measured.
-            write_beside(options.output, json.dumps(results, indent=1) + "\n")
+
+def tell(name: str, table: str, results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Prints a cell's table and writes the JSON: a long run that is stopped keeps what it has measured."""
+    from vanilla_transformer.training.report import write_beside
+
+    print(f"\n{name}\n{table}", flush=True)
+    if options.output:
+        write_beside(options.output, json.dumps(results, indent=1) + "\n")
 
 
 def recipe_of(name: str, options: argparse.Namespace) -> list[str]:
@@ -173,12 +222,13 @@ def parse(argv: list[str]) -> Any:
     return recipe
 
 
-def about_this_run(options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader needs in order to repeat it."""
+def about_this_run(options: argparse.Namespace, *packages: str) -> dict[str, Any]:
+    """What a reader needs in order to repeat it. The machine and torch's version are printed."""
     from vanilla_transformer.training.report import machine
 
-    packages = ("vanilla-transformer", "torch", "transformers", "accelerate", "datasets")
+    packages = ("vanilla-transformer", "torch", "transformers", "datasets", *packages)
     versions = {name: importlib.metadata.version(name) for name in packages}
+    print(f"{machine()}, torch {versions['torch']}")
     return {
         "machine": machine(),
         "threads": options.threads,
@@ -212,29 +262,42 @@ def prepare(argv: list[str], folder: Path) -> None:
 
 def random_text(vocab_size: int) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of `vocab_size` words, and rows of `LENGTH` random tokens on both sides, the last of them eos."""
-    import torch
     from datasets import Dataset
+
+    from vanilla_transformer.training.data import ENCODED
+
+    tokenizer, rows = word_tokenizer(vocab_size), 8 * GPU_FACTOR * SENTENCES
+    columns = {name: random_ids(tokenizer, rows, LENGTH) for name in ENCODED}
+    return tokenizer, {"train": Dataset.from_dict(columns, features=ENCODED)}
+
+
+def word_tokenizer(vocab_size: int) -> Any:
+    """A tokenizer of `vocab_size` words."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     from vanilla_transformer.tokenization_vanilla_transformer import SPECIAL_TOKENS
-    from vanilla_transformer.training.data import ENCODED
 
     words = [*SPECIAL_TOKENS.values(), *(f"w{number}" for number in range(len(SPECIAL_TOKENS), vocab_size))]
     vocabulary = {word: number for number, word in enumerate(words)}
     model = models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **SPECIAL_TOKENS)
-    ids = torch.randint(len(SPECIAL_TOKENS), vocab_size, (2, 8 * GPU_FACTOR * SENTENCES, LENGTH))
-    ids[:, :, -1] = tokenizer.eos_token_id
-    columns = dict(zip(ENCODED, ids.tolist(), strict=True))
-    return tokenizer, {"train": Dataset.from_dict(columns, features=ENCODED)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **SPECIAL_TOKENS)
+
+
+def random_ids(tokenizer: Any, rows: int, length: int) -> list[list[int]]:
+    """Rows of random tokens, the last of them eos."""
+    import torch
+
+    ids = torch.randint(len(tokenizer.all_special_ids), len(tokenizer), (rows, length))
+    ids[:, -1] = tokenizer.eos_token_id
+    return ids.tolist()
 
 
 class Worker:
     """A contender's process. It takes one step for each `go()`, and reports it in one line of JSON."""
 
-    def __init__(self, job: dict[str, Any], log: Path, threads: int):
-        self.log = log
+    def __init__(self, job: dict[str, Any], threads: int, **environment: str):
+        self.log = log = Path(job["folder"]) / f"{Contender(*job['contender'])}.log"
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "_worker"],
@@ -242,7 +305,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
             )
         self.send(json.dumps(job))
 
@@ -294,34 +357,50 @@ def start(contender: Contender, recipe: list[str], folder: Path, threads: int, m
     told = {"output_dir": folder, "max_steps": max_steps, "bf16": bf16, "torch_compile": contender.compiled}
     argv = recipe + [word for name, value in told.items() for word in (f"--{name}", str(value))]
     job = {"recipe": argv, "folder": str(folder), "contender": contender, "orders": orders}
-    return Worker(job, folder / f"{contender}.log", threads)
+    return Worker(job, threads)
+
+
+def take_turns(
+    cell: str, starts: Sequence[Callable[[], Worker]], rounds: int, before_round: Callable[[], None] = lambda: None
+) -> list[list[dict[str, Any]]]:
+    """The reports of each worker: one after it has warmed up, and one of each round, in which it takes its turn."""
+    from tqdm.auto import tqdm
+
+    turns = (rounds + 1) * len(starts)
+    with ExitStack() as stack, tqdm(total=turns, desc=f"{cell}, warming up", unit="turns", disable=None) as progress:
+        workers, reports = [], []
+        for begin in starts:
+            workers.append(stack.enter_context(begin()))
+            # One after the other here too: two at a time would be slow, and short of memory.
+            reports.append([workers[-1].report()])
+            progress.update()
+        for number in range(rounds):
+            progress.set_description(f"{cell}, round {number + 1}")
+            before_round()
+            for worker, reported in zip(workers, reports, strict=True):
+                reported.append(worker.go())
+                progress.update()
+    return reports
 
 
 def compare_speed(cell: str, recipe: list[str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Rounds in which each contender takes its turn after the machine's ceilings are measured."""
-    from tqdm.auto import tqdm
-
     warmup, updates = options.warmup or CELLS[cell].warmup, options.updates or CELLS[cell].updates
     orders = {"max_steps": warmup + options.rounds * updates, "warmup": warmup, "updates": updates}
-    entries = [{**contender._asdict(), "rounds": []} for contender in contenders(cell)]
-    ceilings: dict[str, list[float]] = {entry["dtype"]: [] for entry in entries}
-    turns = (options.rounds + 1) * len(entries)
-    with ExitStack() as stack, tqdm(total=turns, desc=f"{cell}, warming up", unit="turns", disable=None) as progress:
-        workers = []
-        for contender in contenders(cell):
-            workers.append(stack.enter_context(start(contender, recipe, folder, options.threads, **orders)))
-            # One after the other here too: two at a time would be slow, and short of memory.
-            workers[-1].report()
-            progress.update()
-        for number in range(options.rounds):
-            progress.set_description(f"{cell}, round {number + 1}")
-            for dtype, rates in ceilings.items():
-                rates.append(matmul_rate(dtype))
-            for entry, worker in zip(entries, workers, strict=True):
-                entry["rounds"].append(worker.go())
-                progress.update()
-        for entry, worker in zip(entries, workers, strict=True):
-            entry |= worker.go()
+    found = contenders(cell)
+    ceilings: dict[str, list[float]] = {contender.dtype: [] for contender in found}
+
+    def measure_ceilings() -> None:
+        for dtype, rates in ceilings.items():
+            rates.append(matmul_rate(dtype))
+
+    starts = [partial(start, contender, recipe, folder, options.threads, **orders) for contender in found]
+    # In a last turn they tell what memory they took.
+    reports = take_turns(cell, starts, options.rounds + 1, measure_ceilings)
+    entries = [
+        {**contender._asdict(), "rounds": reported[1:-1], **reported[-1]}
+        for contender, reported in zip(found, reports, strict=True)
+    ]
     return {"warmup": warmup, "updates": updates, "ceilings": ceilings, "contenders": summarise(entries, ceilings)}
 
 
@@ -380,46 +459,200 @@ def contender_name(entry: dict[str, Any]) -> str:
     return str(Contender(*(entry[name] for name in Contender._fields)))
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows under the heads that are their keys, in columns as wide as they need to be, the first one to the left."""
+    lines = [[*rows[0]], *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[word.rjust(width) for word, width in zip(line, widths, strict=True)] for line in lines]
+    for words, line in zip(padded, lines, strict=True):
+        words[0] = line[0].ljust(widths[0])
+    return "\n".join(map("  ".join, padded))
+
+
 def speed_table(result: dict[str, Any]) -> str:
-    """One line for each contender."""
-    lines = [
-        f"{'':28} {'target':>10} {'x Marian':>11} {'x Marian':>10} {'memory beyond':>14} {'share of':>9}",
-        f"{'':28} {'tokens/s':>10} {'same dtype':>11} {'float32':>10} {'state, MiB':>14} {'ceiling':>9}",
+    """One line for each contender, and the ceilings."""
+    rows = [
+        {
+            "": contender_name(entry),
+            "target tokens/s": f"{entry['tokens_per_second']:,.0f}",
+            "x Marian, same dtype": f"{entry['ratio_to_marian']['same_dtype']:.2f}",
+            "x Marian, float32": f"{entry['ratio_to_marian']['float32']:.2f}",
+            "MiB beyond state": f"{entry['memory_beyond_state'] / 2**20:,.0f}",
+            "share of ceiling": f"{entry['share_of_ceiling']:.1%}",
+        }
+        for entry in result["contenders"]
     ]
-    for entry in result["contenders"]:
-        ratios = entry["ratio_to_marian"]
-        lines.append(
-            f"{contender_name(entry):28} {entry['tokens_per_second']:10,.0f} {ratios['same_dtype']:11.2f} "
-            f"{ratios['float32']:10.2f} {entry['memory_beyond_state'] / 2**20:14,.0f} {entry['share_of_ceiling']:9.1%}"
-        )
-    for dtype, rates in result["ceilings"].items():
-        lines.append(f"ceiling: {statistics.median(rates) / 1e9:,.0f} GFLOP/s in matrix products of {dtype}")
-    return "\n".join(lines)
+    ceilings = [
+        f"ceiling: {statistics.median(rates) / 1e9:,.0f} GFLOP/s in matrix products of {dtype}"
+        for dtype, rates in result["ceilings"].items()
+    ]
+    return "\n".join([table(rows), *ceilings])
 
 
 def loss_table(result: dict[str, Any]) -> str:
     """One line for each contender; losses in nats per target token of the validation text."""
-    heads = f"{'':28} {'tokens':>11} {'updates':>8} {'NLL before':>11} {'NLL after':>10} {'smoothed after':>15}"
-    return "\n".join([heads] + [
-        f"{contender_name(entry):28} {entry['tokens']:11,} {entry['updates']:8,} {entry['before']['nll']:11.4f} "
-        f"{entry['after']['nll']:10.4f} {entry['after']['smoothed']:15.4f}"
+    return table([
+        {
+            "": contender_name(entry),
+            "tokens": f"{entry['tokens']:,}",
+            "updates": f"{entry['updates']:,}",
+            "NLL before": f"{entry['before']['nll']:.4f}",
+            "NLL after": f"{entry['after']['nll']:.4f}",
+            "smoothed after": f"{entry['after']['smoothed']:.4f}",
+        }
         for entry in result["contenders"]
     ])  # fmt: skip
 
 
+def compare_decoding(options: argparse.Namespace) -> None:
+    """`decode`: measures every cell, prints a table of each, and writes the JSON."""
+    from vanilla_transformer.training.arguments import UserError
+
+    # 1. what to do; what is wrong is said before anything is measured
+    check_machine(options)
+    if options.model and not options.multi30k_dir:
+        raise UserError(f"--model translates the test set of {MULTI30K}")
+    if options.memory and (options.model or options.cells):
+        raise UserError("--memory has cells of its own, of random text: leave --model and --cells out")
+    names = options.contenders or (["ours float32", "stock float32"] if options.memory else list(DECODERS))
+    with_ctranslate2 = any(DECODERS[name].side == "ctranslate2" for name in names)
+    if with_ctranslate2 and importlib.util.find_spec("ctranslate2") is None:
+        raise UserError("ctranslate2 is missing: pip install '.[bench]', or name the other --contenders")
+    recipe = recipe_of("tiny" if options.model else "base", options)
+
+    # 2. measurements
+    results = about_this_run(options, *["ctranslate2"] * with_ctranslate2)
+    with tempfile.TemporaryDirectory() as folder:
+        model, tasks = prepare_translation(recipe, Path(folder), options, with_ctranslate2)
+        job = {"folder": folder, "model": model, "threads": options.threads}
+        for cell, task in tasks.items():
+            results["cells"][cell] = measure_translation(cell, job | {"task": task}, names, options.rounds)
+            tell(cell, decoding_table(results["cells"][cell]), results, options)
+    if options.memory:
+        print(f"\n{memory_table(results['cells'])}")
+
+
+def prepare_translation(
+    argv: list[str], folder: Path, options: argparse.Namespace, with_ctranslate2: bool
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The folder of the model that all contenders load, which is written unless it is the user's, and cells' tasks."""
+    from transformers import set_seed
+
+    from vanilla_transformer.training.data import load_pairs
+    from vanilla_transformer.training.evaluate import load_model
+    from vanilla_transformer.training.train import build_model
+
+    recipe = parse(argv)
+    if options.model:
+        recipe.data.train_file = recipe.data.validation_file = None
+        pairs = load_pairs(recipe.data)["test"]
+        model, tokenizer = load_model(options.model)
+        tasks = tasks_of_text(tokenizer, pairs, recipe.decoding.bleu_tokenize, options.cells or list(SEARCHES))
+    else:
+        set_seed(recipe.training.seed)
+        tokenizer = word_tokenizer(recipe.tokenizer.vocab_size)
+        model = build_model(recipe, tokenizer)
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / "model")
+        tasks = random_tasks(tokenizer, options)
+    if with_ctranslate2:
+        from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
+
+        to_ctranslate2(model, tokenizer.convert_ids_to_tokens(range(len(tokenizer))), folder / "ctranslate2")
+    return options.model or str(folder / "model"), tasks
+
+
+def random_tasks(tokenizer: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Cells of one batch of random text, which becomes an output of fixed length."""
+    if options.memory:
+        cells = {
+            f"source {length}, beam {beams}": (beams, MEMORY_BATCH, length, MEMORY_NEW_TOKENS)
+            for length in MEMORY_LENGTHS
+            for beams in MEMORY_BEAMS
+        }
+    else:
+        cells = {cell: (*SEARCHES[cell], LENGTH, LENGTH) for cell in options.cells or SEARCHES}
+    return {
+        cell: {"beams": beams, "batch": batch, "sources": random_ids(tokenizer, batch, length), "new_tokens": new}
+        for cell, (beams, batch, length, new) in cells.items()
+    }
+
+
+def tasks_of_text(tokenizer: Any, pairs: Any, bleu_tokenize: str, cells: list[str]) -> dict[str, dict[str, Any]]:
+    """Cells of a test set, the longest sentences first."""
+    sources, references = tokenizer(list(pairs["source"]))["input_ids"], list(pairs["target"])
+    tasks = {}
+    for cell in cells:
+        beams, batch = SEARCHES[cell]
+        chosen = range(len(sources))[: SPEED_SENTENCES if batch == 1 else None]
+        order = sorted(chosen, key=lambda i: -len(sources[i]))
+        tasks[cell] = {"beams": beams, "batch": batch, "sources": [sources[i] for i in order], "new_tokens": None}
+        if cell == BLEU_CELL:
+            tasks[cell] |= {"references": [references[i] for i in order], "bleu_tokenize": bleu_tokenize}
+    return tasks
+
+
+def measure_translation(cell: str, job: dict[str, Any], names: list[str], rounds: int) -> dict[str, Any]:
+    """Rounds in which each contender translates the same sentences, after a turn that is not timed."""
+    task, entries = job["task"], []
+    jobs = [job | {"contender": DECODERS[name]} for name in names]
+    # Translating is measured on the CPU.
+    starts = [partial(Worker, told, job["threads"], CUDA_VISIBLE_DEVICES="") for told in jobs]
+    for name, (first, *reported) in zip(names, take_turns(cell, starts, rounds), strict=True):
+        entry = {**DECODERS[name]._asdict(), "rounds": reported, **first}
+        entry["tokens_per_second"] = statistics.median(turn["tokens"] / turn["seconds"] for turn in reported)
+        entry["seconds"] = statistics.median(turn["seconds"] for turn in reported)
+        entries.append(entry)
+    for peer, faster_of in PEERS.items():
+        speeds = [entry["tokens_per_second"] for entry in entries if contender_name(entry) in faster_of]
+        for entry in entries if speeds else []:
+            entry.setdefault("ratios", {})[peer] = entry["tokens_per_second"] / max(speeds)
+    sizes = {name: task[name] for name in ("beams", "batch", "new_tokens")}
+    return {**sizes, "sentences": len(task["sources"]), "contenders": entries}
+
+
+def decoding_table(result: dict[str, Any]) -> str:
+    """One line for each contender; memory is what was taken beyond what the process held before, and all."""
+    step, parts = ("step", result["new_tokens"]) if result["new_tokens"] else ("sentence", result["sentences"])
+    return table([
+        {
+            "": contender_name(entry),
+            "tokens/s": f"{entry['tokens_per_second']:,.1f}",
+            f"ms/{step}": f"{1000 * entry['seconds'] / parts:.2f}",
+            **{f"x {peer}": f"{ratio:.2f}" for peer, ratio in entry.get("ratios", {}).items()},
+            "MiB decoding": f"{entry['memory'] / 2**20:,.1f}",
+            "MiB in all": f"{(entry['held'] + entry['memory']) / 2**20:,.0f}",
+            **({"BLEU": f"{entry['bleu']:.2f}"} if "bleu" in entry else {}),
+        }
+        for entry in result["contenders"]
+    ])  # fmt: skip
+
+
+def memory_table(cells: dict[str, dict[str, Any]]) -> str:
+    """One line for each cell, one column for each contender."""
+    return table([
+        {"MiB decoding": cell, **{contender_name(e): f"{e['memory'] / 2**20:,.1f}" for e in result["contenders"]}}
+        for cell, result in cells.items()
+    ])  # fmt: skip
+
+
 def work() -> None:
-    """Trains as the job on the standard input says, and reports on what was the standard output."""
+    """Trains or translates as the job on the standard input says, and reports on what was the standard output."""
     # The Trainer prints its log, which would be taken for reports.
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())
+    contender, folder = Contender(*job["contender"]), Path(job["folder"])
 
     def report(figures: dict[str, Any]) -> None:
         print(json.dumps(figures), file=reports, flush=True)
 
-    trainer = build_contender(job["recipe"], Path(job["folder"]), Contender(*job["contender"]))
+    if "model" in job:
+        translate_in_turns(*build_decoder(contender, job["model"], folder, job["threads"]), job["task"], report)
+        return
+    trainer = build_contender(job["recipe"], folder, contender)
     if "loss_tokens" in job["orders"]:
-        report(measure_losses(trainer, Path(job["folder"]), **job["orders"]))
+        report(measure_losses(trainer, folder, **job["orders"]))
     else:
         measure_speed(trainer, report, **job["orders"])
 
@@ -531,16 +764,21 @@ def make_state(trainer: Any) -> int:
     Makes gradients and the optimizer's state, by an update on one sentence, which also loads the libraries' kernels.
 
     Returns:
-        Bytes that the process holds now. The peak is counted from here.
+        Bytes that the process then holds.
     """
-    import torch
-
     batch = trainer.data_collator([trainer.train_dataset[0]]).to(trainer.args.device)
     trainer.data_collator.batches.clear()
     optimizer = trainer.create_optimizer()
     trainer.model.train()(**batch).loss.backward()
     optimizer.step()
     del batch
+    return reset_peak()
+
+
+def reset_peak() -> int:
+    """Bytes that the process holds now, after what was freed is given back. The peak is counted from here."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -638,6 +876,94 @@ def validation_loss(trainer: Any, rows: Any) -> dict[str, float]:
             totals[name] += losses.item()
         count += int(labels.ne(-100).sum())
     return {name: total / count for name, total in totals.items()}
+
+
+def build_decoder(contender: Contender, model_folder: str, folder: Path, threads: int) -> tuple[Any, Any]:
+    """The tokenizer, and a function that makes of a task a function which translates its sentences into rows of ids."""
+    import torch
+    from transformers import AutoTokenizer, GenerationMixin
+
+    from vanilla_transformer.training.evaluate import load_model
+
+    if contender.side == "ctranslate2":
+        import ctranslate2
+
+        # It turns the weights into the other type when it loads them.
+        options = {"compute_type": contender.dtype, "inter_threads": 1, "intra_threads": threads}
+        translator = ctranslate2.Translator(str(folder / "ctranslate2"), **options)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        return tokenizer, partial(by_ctranslate2, translator, tokenizer)
+    model, tokenizer = load_model(model_folder)
+    if contender.side == "marian":
+        model = build_marian(model).eval().to(getattr(torch, contender.dtype))
+    generate = model.generate
+    if contender.side == "stock":
+        generate = partial(GenerationMixin.generate, model)
+    elif contender.side == "ours":
+        generate = partial(generate, compute_type=contender.dtype)
+    return tokenizer, partial(by_transformers, generate, tokenizer)
+
+
+def by_transformers(generate: Any, tokenizer: Any, task: dict[str, Any]) -> Callable[[], list[list[int]]]:
+    """Batches in the order of the sentences; the search that CTranslate2 does."""
+    from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
+
+    options = {"num_beams": task["beams"], "min_new_tokens": task["new_tokens"]}
+    if task["beams"] > 1:
+        options |= {"length_penalty": 1.0, "early_stopping": True}
+    batches = []
+    for first in range(0, len(task["sources"]), task["batch"]):
+        rows = task["sources"][first : first + task["batch"]]
+        inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        limit = task["new_tokens"] or inputs["input_ids"].shape[1] + MAX_EXTRA_TOKENS
+        batches.append({**inputs, **options, "max_new_tokens": limit})
+    eos = tokenizer.eos_token_id
+
+    def translate() -> list[list[int]]:
+        rows = [row[1:] for inputs in batches for row in generate(**inputs).tolist()]
+        return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+    return translate
+
+
+def by_ctranslate2(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Callable[[], list[list[int]]]:
+    """One call: CTranslate2 makes the batches, of sentences of similar length."""
+    from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
+
+    sources = [tokenizer.convert_ids_to_tokens(row) for row in task["sources"]]
+    options = {
+        "beam_size": task["beams"],
+        "max_batch_size": task["batch"],
+        "length_penalty": 1,
+        "return_end_token": True,
+        "min_decoding_length": task["new_tokens"] or 0,
+        "max_decoding_length": task["new_tokens"] or max(map(len, sources)) + MAX_EXTRA_TOKENS,
+    }
+
+    def translate() -> list[list[int]]:
+        results = translator.translate_batch(sources, **options)
+        return [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+
+    return translate
+
+
+def translate_in_turns(tokenizer: Any, prepare: Any, task: dict[str, Any], report: Any) -> None:
+    """Translates the task's sentences for what that takes and gives, then at every word of the parent for the time."""
+    from vanilla_transformer.training.evaluate import score_texts
+
+    # One sentence loads the kernels and packs the weights.
+    prepare({**task, "sources": task["sources"][:1]})()
+    translate, held = prepare(task), reset_peak()
+    outputs = translate()
+    figures = {"held": held, "memory": memory("VmHWM") - held}
+    if "references" in task:
+        texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        figures["bleu"] = score_texts(texts, task["references"], task["bleu_tokenize"])["bleu"]
+    report(figures)
+    for _ in sys.stdin:
+        started = clock()
+        tokens = sum(map(len, translate()))
+        report({"seconds": clock() - started, "tokens": tokens})
 
 
 def run() -> None:

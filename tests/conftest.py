@@ -37,8 +37,10 @@ def tiny_config() -> Callable[..., VanillaTransformerConfig]:
 def tiny_model(tiny_config) -> Callable[..., PreTrainedModel]:
     """Builds a tiny model in evaluation mode, seeded, with random values in every bias and norm too."""
 
-    def build(model_class=VanillaTransformerForConditionalGeneration, attention="sdpa", **fields) -> PreTrainedModel:
-        torch.manual_seed(0)
+    def build(
+        model_class=VanillaTransformerForConditionalGeneration, attention="sdpa", seed=0, **fields
+    ) -> PreTrainedModel:
+        torch.manual_seed(seed)
         model = model_class._from_config(tiny_config(**fields), attn_implementation=attention)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -65,5 +67,32 @@ def padded() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
             tokens[row] = 0
             tokens[row, mask[row].bool()] = sentence
         return tokens, mask
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def lively_model(tiny_model, padded) -> Callable[..., PreTrainedModel]:
+    """
+    Builds a tiny model whose outputs are worth searching: they depend on the source and on all that precedes, a token
+    seldom follows itself, and about one token in eight ends the sentence.
+    """
+
+    def build(seed=0, tie_word_embeddings=False, **fields) -> PreTrainedModel:
+        model = tiny_model(tie_word_embeddings=tie_word_embeddings, seed=seed, **fields)
+        with torch.no_grad():
+            for layer in model.model.decoder.layers:
+                # What is added to the last token's embedding must not drown it.
+                layer.self_attn.out_proj.weight.mul_(0.4)
+                layer.fc2.weight.mul_(0.4)
+            if not tie_word_embeddings:
+                tokens = torch.randperm(model.config.decoder_vocab_size)
+                model.lm_head.weight.copy_(model.model.decoder.embed_tokens.weight[tokens])
+            sources, mask = padded((7, 5, 3, 8), vocab_size=model.config.vocab_size, seed=seed)
+            targets = padded((12, 12, 12, 12), vocab_size=model.config.decoder_vocab_size, seed=seed)[0]
+            logits = model(sources, mask, decoder_input_ids=targets).logits
+            behind = logits.amax(dim=-1) - logits[..., 2]  # of the likeliest token
+            model.lm_head.bias[2] += behind.quantile(1 / 8)
+        return model
 
     return build

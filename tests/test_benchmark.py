@@ -1,6 +1,7 @@
 """scripts/benchmark.py: what it prints and writes, and that both sides are measured doing the same work."""
 
 import gzip
+import importlib.util
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
 from vanilla_transformer import train_tokenizer
@@ -167,6 +169,116 @@ def test_marian_with_our_weights_computes_what_ours_does(tiny_model, padded):
         torch.testing.assert_close(marian(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+CTRANSLATE2 = importlib.util.find_spec("ctranslate2") is not None
+
+
+@pytest.mark.skipif(not CTRANSLATE2, reason="the dev and bench extras install ctranslate2")
+def test_the_figures_of_decoding_agree_with_each_other_and_every_output_has_the_fixed_length(tmp_path):
+    names = ["ours int8", "marian float32", "marian bfloat16", "ctranslate2 int8"]
+    options = ["--cells", "4x16", "--rounds", "2", "--threads", "1", "--output", tmp_path / "out.json"]
+    sizes = [*FIELDS, "--encoder_attention_heads", "2", "--decoder_attention_heads", "2"]
+    command = [sys.executable, SCRIPT, "decode", "--contenders", *names, *options, *sizes]
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert "ctranslate2" in results["versions"]
+    found = {f"{entry['side']} {entry['dtype']}": entry for entry in results["cells"]["4x16"]["contenders"]}
+    assert list(found) == names
+
+    def speed(name):
+        return statistics.median(turn["tokens"] / turn["seconds"] for turn in found[name]["rounds"])
+
+    marian = max(speed("marian float32"), speed("marian bfloat16"))
+    for name, entry in found.items():
+        assert [turn["tokens"] for turn in entry["rounds"]] == 2 * [16 * 32]
+        assert entry["tokens_per_second"] == pytest.approx(speed(name))
+        peers = {"CTranslate2 int8": speed("ctranslate2 int8"), "Marian's best": marian}
+        assert entry["ratios"] == pytest.approx({peer: speed(name) / value for peer, value in peers.items()})
+        assert 0 <= entry["memory"] < entry["held"]
+        assert f"{entry['tokens_per_second']:,.1f}" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def translating(tiny_model, tmp_path_factory):
+    """A folder with a tiny model whose outputs end at many lengths, its tokenizer, and what CTranslate2 loads."""
+    folder, model, tokenizer = (
+        tmp_path_factory.mktemp("translating"),
+        tiny_model(max_position_embeddings=64),
+        BENCHMARK.word_tokenizer(61),
+    )
+    with torch.no_grad():
+        model.lm_head.bias[model.config.eos_token_id] += 3
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    if CTRANSLATE2:
+        from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
+
+        to_ctranslate2(model, tokenizer.convert_ids_to_tokens(range(61)), folder / "ctranslate2")
+    return folder
+
+
+def decoder(folder: Path, side: str, dtype: str = "float32"):
+    return BENCHMARK.build_decoder(BENCHMARK.Contender(side, dtype), str(folder / "model"), folder, threads=1)
+
+
+@pytest.mark.parametrize(("beams", "new_tokens"), [(1, None), (4, None), (4, 12)])
+@pytest.mark.parametrize("side", ["stock", "marian", "ctranslate2"])
+def test_every_side_translates_the_same_sentences_into_the_same_tokens(side, beams, new_tokens, translating):
+    if side == "ctranslate2" and not CTRANSLATE2:
+        pytest.skip("the dev and bench extras install ctranslate2")
+    draw = random.Random(0)
+    sources = [[*(draw.randrange(4, 61) for _ in range(length)), 2] for length in (9, 7, 6, 4, 1)]
+    task = {"beams": beams, "batch": 2, "sources": sources, "new_tokens": new_tokens}
+    _, prepare = decoder(translating, "ours")
+    expected = prepare(task)()
+    _, prepare = decoder(translating, side)
+    assert prepare(task)() == expected
+    lengths = set(map(len, expected))
+    assert lengths == {12} if new_tokens else min(lengths) < max(lengths)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("side", ["ours", "stock"])
+def test_stock_is_the_loop_of_transformers_on_our_modules(side, beams, translating):
+    _, prepare = decoder(translating, side)
+    generate = prepare.args[0]
+    while hasattr(generate, "func"):
+        model, generate = (generate.args or [generate.func.__self__])[0], generate.func
+    calls = []
+    model.model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    prepare({"beams": beams, "batch": 1, "sources": [[5, 6, 2]], "new_tokens": 8})()
+    # Ours works on packed weights, not in the modules.
+    assert len(calls) == (8 if side == "stock" else 0)
+
+
+def test_the_tasks_of_a_test_set_are_sorted_and_the_largest_is_scored(translating):
+    tokenizer, _ = decoder(translating, "ours")
+    draw = random.Random(0)
+    texts = [" ".join(f"w{draw.randrange(4, 61)}" for _ in range(draw.randint(1, 9))) for _ in range(120)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pairs = {"source": texts, "target": [text.upper() for text in texts]}
+    tasks = BENCHMARK.tasks_of_text(tokenizer, pairs, "none", ["1x1", "4x64"])
+    for cell, count in (("1x1", 100), ("4x64", 120)):
+        lengths = [len(source) for source in tasks[cell]["sources"]]
+        assert lengths == sorted((len(text.split()) for text in texts[:count]), reverse=True)
+    assert "references" not in tasks["1x1"]
+    scored = tasks["4x64"]
+    assert scored["references"] == [" ".join(tokenizer.convert_ids_to_tokens(row)).upper() for row in scored["sources"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "missing"], "error: --model translates the test set of Multi30k"),
+        (["--model", "missing", "--multi30k_dir", "missing"], "error: missing/test_2016_flickr.lc.norm.tok.en.gz: no"),
+        (["--memory", "--cells", "1x1"], "error: --memory has cells of its own"),
+        (["--contenders", "ours int4"], "invalid choice: 'ours int4'"),
+    ],
+)
+def test_a_mistake_ends_decoding_before_anything_is_measured(arguments, message, tmp_path, monkeypatch, capsys):
+    fails(["decode", *arguments], message, tmp_path, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -182,8 +294,12 @@ def test_marian_with_our_weights_computes_what_ours_does(tiny_model, padded):
     ],
 )
 def test_a_mistake_ends_it_before_anything_is_measured(arguments, message, tmp_path, monkeypatch, capsys):
+    fails(["train", *arguments], message, tmp_path, monkeypatch, capsys)
+
+
+def fails(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--threads", str(torch.get_num_threads()), *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--threads", str(torch.get_num_threads())])
     # The variable is read when the command line is parsed.
     monkeypatch.delenv("MULTI30K_DIR", raising=False)
     with pytest.raises(SystemExit) as ended:

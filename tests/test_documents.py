@@ -107,11 +107,17 @@ def test_make_has_the_targets_that_the_readme_promises():
 
 def test_the_public_names_are_these():
     assert sorted(vanilla_transformer.__all__) == [
+        "TranslationAlignments",
+        "TranslationPipeline",
+        "TranslationScores",
         "VanillaTransformerConfig",
         "VanillaTransformerForConditionalGeneration",
         "VanillaTransformerModel",
         "VanillaTransformerPreTrainedModel",
+        "minimum_bayes_risk",
+        "to_pharaoh",
         "train_tokenizer",
+        "word_alignment",
     ]
 
 

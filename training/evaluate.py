@@ -5,8 +5,10 @@ Any data that training takes will do: `--dataset phrasebook:en-de`, a Hub datase
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BatchEncoding,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -63,6 +66,14 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
+class Hypothesis(NamedTuple):
+    """One translation: its text, its score if that was asked for, and whether it ended by itself, by an eos."""
+
+    text: str
+    score: float | None
+    ended: bool
+
+
 def translate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_tokens: int = 4096, **options
 ) -> list[str]:
@@ -82,33 +93,104 @@ def translate(
     Raises:
         DataError: a text is longer than learned positions reach.
     """
-    translations = [""] * len(texts)
+    rows = encode(model, tokenizer, texts)
+    with tqdm(total=len(rows), desc="translating", unit="lines", disable=None) as progress:
+        found = translate_rows(model, tokenizer, rows, batch_tokens, progress=progress.update, **options)
+    return [hypotheses[0].text for hypotheses in found]
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    place: Callable[[int], str] = "text {}".format,
+) -> list[list[int]]:
+    """
+    The token ids of each text, none for an empty one.
+
+    Args:
+        place: what an error calls the text of a number, from 1.
+
+    Raises:
+        DataError: a text is longer than learned positions reach.
+    """
     ids = tokenizer(texts, return_attention_mask=False)["input_ids"]
-    _refuse_unreachable_positions(model, ids)
-    # The longest first: a batch that does not fit in memory fails at once.
-    order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(ids[i]))
-    with tqdm(total=len(order), desc="translating", unit="lines", disable=None) as progress:
-        lengths = [len(ids[i]) for i in order]
-        batches = iter(order)
-        for size in batch_sizes(lengths, batch_tokens):
-            rows = list(islice(batches, size))
-            batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
-            outputs = model.generate(**batch, **options)
-            for i, text in zip(rows, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
-                translations[i] = text
-            progress.update(len(rows))
-    return translations
-
-
-def _refuse_unreachable_positions(model: PreTrainedModel, ids: list[list[int]]) -> None:
     limit = model.config.max_position_embeddings
     if model.config.position_embedding_type == "learned":
         for number, row in enumerate(ids, start=1):
             if len(row) > limit:
                 raise DataError(
-                    f"text {number} has {len(row)} tokens, but the model has learned positions for "
+                    f"{place(number)} has {len(row)} tokens, but the model has learned positions for "
                     f"max_position_embeddings={limit}: split the text"
                 )
+    return [row if text.strip() else [] for row, text in zip(ids, texts, strict=True)]
+
+
+def translate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    batch_tokens: int,
+    n_best: int = 1,
+    scores: bool = False,
+    progress: Callable[[int], object] = lambda count: None,
+    **options,
+) -> list[list[Hypothesis]]:
+    """
+    Translates rows of token ids in batches of similar length.
+
+    Args:
+        model: in evaluation mode.
+        rows: one source each, as `encode` gives them; an empty one has the empty translation, of score 0.
+        batch_tokens: source tokens, padding included, of the rows that are translated together; a longer row is
+            translated alone.
+        n_best: how many translations of each row, at most `num_beams`.
+        scores: whether they have scores, for which `num_beams` must be over 1.
+        progress: is called with the number of rows that were translated since it was called before.
+        options: arguments of `generate()`.
+
+    Returns:
+        For each row `n_best` translations, the best first, in the order of the rows.
+    """
+    found = [[Hypothesis("", 0.0 if scores else None, True)] * n_best for _ in rows]
+    # The longest first: a batch that does not fit in memory fails at once.
+    order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -len(rows[i]))
+    progress(len(rows) - len(order))
+    batches = iter(order)
+    for size in batch_sizes([len(rows[i]) for i in order], batch_tokens):
+        numbers = list(islice(batches, size))
+        batch = tokenizer.pad({"input_ids": [rows[i] for i in numbers]}, return_tensors="pt").to(model.device)
+        hypotheses = iter(_hypotheses(model, tokenizer, batch, scores, {**options, "num_return_sequences": n_best}))
+        for i in numbers:
+            found[i] = list(islice(hypotheses, n_best))
+        progress(size)
+    return found
+
+
+def _hypotheses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: BatchEncoding, scores: bool, options: dict
+) -> list[Hypothesis]:
+    values: list[float] | list[None]
+    if scores:
+        sequences, values = _search(model, batch, options)
+    else:
+        sequences = model.generate(**batch, **options)
+        values = [None] * len(sequences)
+    eos = model.generation_config.eos_token_id
+    eos = torch.tensor([] if eos is None else eos, device=sequences.device)
+    # The first token is the decoder's start, which may be an eos too.
+    ended = torch.isin(sequences[:, 1:], eos).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return [Hypothesis(*fields) for fields in zip(texts, values, ended, strict=True)]
+
+
+def _search(model: PreTrainedModel, batch: BatchEncoding, options: dict) -> tuple[torch.Tensor, list[float]]:
+    """What a beam search finds for each row, `[B * n_best, T]`, and the scores."""
+    output = model.generate(**batch, **options, return_dict_in_generate=True)
+    if output.sequences_scores is None:
+        # transformers' own search tells them only along with those of all words at all steps, which take much memory.
+        output = model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)
+    return output.sequences, output.sequences_scores.tolist()
 
 
 def score_texts(predictions: list[str], references: list[str], bleu_tokenize: str) -> dict:

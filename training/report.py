@@ -1,7 +1,8 @@
-"""What a run leaves for people: its scores, its loss curve, and its model card."""
+"""What a run leaves for people: its scores, its loss curve, and its model card; and the picture of an alignment."""
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,47 @@ def draw_loss_curve(log_history: list[dict[str, Any]], metric: str, path: str | 
         scores.plot(steps, [entry[f"eval_{metric}"] for entry in scored], color="tab:green", label=f"validation {name}")
         scores.set(ylabel=name, ylim=(0, 100 if metric == "exact_match" else None))
     figure.legend(loc="outside upper center", ncols=3)
+    figure.savefig(f"{path}.part", format="png", dpi=120)
+    os.replace(f"{path}.part", path)
+
+
+def draw_alignment(
+    weights: torch.Tensor, source_tokens: Sequence[str], target_tokens: Sequence[str], path: str | Path
+) -> None:
+    """
+    Draws the attention that aligned one translation to its source, darker where it is larger, as a PNG.
+
+    Args:
+        weights: one sentence's `align().weights`, without padding, `[T, S]`.
+        source_tokens: S labels for the columns.
+        target_tokens: T labels for the rows.
+        path: the picture to write.
+
+    Raises:
+        ValueError: the numbers of labels are not those of the weights.
+    """
+    if tuple(weights.shape) != (len(target_tokens), len(source_tokens)):
+        raise ValueError(
+            f"weights has shape {list(weights.shape)}, but there are {len(target_tokens)} target and "
+            f"{len(source_tokens)} source tokens: cut the padding off, and give a label for each token that is left"
+        )
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns = weights.shape
+    figure = Figure(figsize=(3 + 0.4 * columns, 2 + 0.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(weights.float().cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
+    # A dollar in a token is a dollar, not the beginning of a formula.
+    axes.set_xticks(
+        range(columns), list(source_tokens), rotation=60, ha="left", rotation_mode="anchor", parse_math=False
+    )
+    axes.set_yticks(range(rows), list(target_tokens), parse_math=False)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.xaxis.set_label_position("top")
+    axes.set(xlabel="source", ylabel="target")
+    figure.colorbar(image, label="attention", shrink=0.8)
     figure.savefig(f"{path}.part", format="png", dpi=120)
     os.replace(f"{path}.part", path)
 

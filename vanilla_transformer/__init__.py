@@ -1,15 +1,24 @@
 """The original encoder-decoder Transformer (Vaswani et al., 2017) as a Hugging Face model.
 
-Importing the package registers it with transformers' Auto classes.
+Importing the package registers it with transformers' Auto classes, and the task "translation" with its `pipeline()`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .modeling_vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     VanillaTransformerModel,
     VanillaTransformerPreTrainedModel,
+)
+from .pipeline_vanilla_transformer import TranslationPipeline
+from .scoring_vanilla_transformer import (
+    TranslationAlignments,
+    TranslationScores,
+    minimum_bayes_risk,
+    to_pharaoh,
+    word_alignment,
 )
 from .tokenization_vanilla_transformer import train_tokenizer
 
@@ -20,10 +29,20 @@ AutoConfig.register("vanilla_transformer", VanillaTransformerConfig)
 AutoModel.register(VanillaTransformerConfig, VanillaTransformerModel)
 AutoModelForSeq2SeqLM.register(VanillaTransformerConfig, VanillaTransformerForConditionalGeneration)
 
+# transformers 5 gave up its own translation pipeline, and refuses the name of its task before it looks for another.
+REMOVED_TASKS.pop("translation", None)
+PIPELINE_REGISTRY.register_pipeline("translation", TranslationPipeline, pt_model=AutoModelForSeq2SeqLM, type="text")
+
 __all__ = [
+    "TranslationAlignments",
+    "TranslationPipeline",
+    "TranslationScores",
     "VanillaTransformerConfig",
     "VanillaTransformerForConditionalGeneration",
     "VanillaTransformerModel",
     "VanillaTransformerPreTrainedModel",
+    "minimum_bayes_risk",
+    "to_pharaoh",
     "train_tokenizer",
+    "word_alignment",
 ]

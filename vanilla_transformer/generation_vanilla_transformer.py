@@ -1,11 +1,39 @@
-"""How `generate()` decodes this model by default: the paper's beam search (Vaswani et al., 2017, section 6.1)."""
+"""How `generate()` decodes this model: the paper's beam search (Vaswani et al., 2017, section 6.1) by default.
+
+`generate()` here takes all that transformers' own takes, and what translators ask for besides. It runs the searches
+of `search_vanilla_transformer.py` on the packed network of `inference_vanilla_transformer.py`. What only transformers'
+loops offer (attention weights and states of each step, static caches, assistants, custom loops) they still do.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMode, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutput
+
+from .constraints_vanilla_transformer import ForbiddenPhrases, RequiredPhrases
+from .inference_vanilla_transformer import packed, parameters_of_plain_modules, resolve_compute_type
+from .search_vanilla_transformer import Options, SearchJob, search_beams, search_rows
 
 
 # Section 6.1: "maximum output length during inference to input length + 50".
 MAX_EXTRA_TOKENS = 50
+
+SEARCHES = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.GROUP_BEAM_SEARCH,
+}
+# What our searches know how to take. With any other argument of the model, transformers' loops decode.
+KNOWN_INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "use_cache"}
+
+
+class SharedEncoding(BaseModelOutput):
+    """The encoder's output, which all beams of a sentence read as it is: it is not to be copied for each."""
 
 
 class VanillaTransformerGenerationMixin(GenerationMixin):
@@ -14,6 +42,162 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
     def _set_paper_defaults(self) -> None:
         """Beam 4. A saved `generation_config.json` and arguments of `generate()` both come before it."""
         self.generation_config.num_beams = 4
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        compute_type: str | None = None,
+        length_penalty_form: str | None = None,
+        coverage_penalty: float | None = None,
+        ensemble: Sequence["VanillaTransformerGenerationMixin"] = (),
+        required_phrases: Sequence[Sequence[Sequence[int]]] | None = None,
+        forbidden_phrases: Sequence[Sequence[Sequence[int]]] | None = None,
+        **kwargs,
+    ) -> Any:
+        """
+        Takes what `transformers.GenerationMixin.generate` takes and returns what that returns, faster, and:
+
+        Args:
+            compute_type: what products with weights are computed in: "float32", "bfloat16", or "int8" (x86 CPUs).
+                Default: the model's dtype. The weights are packed at the first call and kept beside the model.
+            length_penalty_form: what the log-probability of a hypothesis of n tokens is divided by, with
+                `length_penalty` as alpha: "power", n^alpha, as in transformers and fairseq (default); "gnmt",
+                ((5 + n) / 6)^alpha, as in the paper, which has alpha = 0.6 (Wu et al., 2016, equation 14).
+            coverage_penalty: Wu et al.'s beta: a hypothesis that ends gets beta * sum_i log(min(sum_j p_ij, 1)) added,
+                p_ij being the last layer's cross-attention from target token j to source token i, averaged over heads.
+                Default: 0.
+            ensemble: models with the same vocabularies, whose probabilities are averaged with this one's.
+            required_phrases: for each sentence a list of phrases, each a list of token ids, all of which every output
+                contains (Post and Vilar, 2018). Needs beams; more phrases need more of them.
+            forbidden_phrases: likewise, none of which any output contains.
+            kwargs: all else, as in transformers. `num_beam_groups` and `diversity_penalty` (Vijayakumar et al., 2018)
+                work without code from the Hub. Prefixes that differ by sentence are `decoder_input_ids` padded on the
+                left, with their `decoder_attention_mask`.
+
+        Returns:
+            As in transformers. With `return_dict_in_generate=True` beam search always tells `sequences_scores`.
+            `past_key_values` is None unless transformers' own loop has decoded.
+
+        Raises:
+            ValueError: an argument is wrong, or goes with none of the others that only transformers' loops know.
+        """
+        config, model_inputs = self._prepare_generation_config(generation_config, **_without_extras(kwargs))
+        compute_type = _first(compute_type, getattr(config, "compute_type", None))
+        options = Options(
+            _first(length_penalty_form, getattr(config, "length_penalty_form", None), "power"),
+            _first(coverage_penalty, getattr(config, "coverage_penalty", None), 0.0),
+        )
+        if options.length_penalty_form not in ("power", "gnmt"):
+            raise ValueError(f"length_penalty_form={options.length_penalty_form!r} must be 'power' or 'gnmt'")
+        asked = {
+            "compute_type": compute_type is not None,
+            "length_penalty_form": options.length_penalty_form != "power",
+            "coverage_penalty": options.coverage_penalty != 0.0,
+            "ensemble": bool(ensemble),
+            "required_phrases": required_phrases is not None,
+            "forbidden_phrases": forbidden_phrases is not None,
+        }
+        sentences = _sentences(inputs, model_inputs)
+        reason = self._why_not_here(config, model_inputs, sentences, kwargs)
+        if reason is not None:
+            if names := [name for name, wanted in asked.items() if wanted]:
+                raise ValueError(f"{names[0]} does not go with {reason}")
+            return super().generate(inputs, generation_config, **kwargs)
+        assert sentences is not None
+
+        # 1. the models, and what they read
+        models = [self, *ensemble]
+        for number, model in enumerate(ensemble, start=1):
+            _refuse_other_vocabulary(self, model, number)
+        engines = [packed(model, resolve_compute_type(compute_type, model)) for model in models]
+        mask = model_inputs.get("attention_mask")
+        device = self.lm_head.weight.device
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            mask = None if mask is None else mask.to(device)
+            memories = [engine.encode(sentences.to(device), mask) for engine in engines]
+
+        # 2. what constrains the outputs
+        if forbidden_phrases is not None:
+            phrases = _checked_phrases("forbidden_phrases", forbidden_phrases, len(sentences), self.config)
+            own = LogitsProcessorList([ForbiddenPhrases(phrases)])
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), *own])
+        if required_phrases is not None:
+            if config.num_beams == 1 or config.do_sample or (config.num_beam_groups or 1) > 1:
+                raise ValueError("required_phrases needs beam search: num_beams above 1, without sampling or groups")
+            phrases = _checked_phrases("required_phrases", required_phrases, len(sentences), self.config)
+            options = options._replace(required=RequiredPhrases(phrases, config.num_beams))
+
+        # 3. transformers prepares lengths, prefixes, processors and criteria, and calls this to search
+        def search(
+            model: Any,
+            input_ids: torch.Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Any:
+            job = SearchJob(
+                engines,
+                memories,
+                mask,
+                input_ids,
+                model_kwargs.get("decoder_attention_mask"),
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                kwargs.get("streamer"),
+                options,
+            )
+            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+                result = search_beams(job) if generation_config.num_beams > 1 else search_rows(job)
+            return _outside_inference_mode(result)
+
+        encoding = SharedEncoding(last_hidden_state=memories[0])
+        kwargs |= {"custom_generate": search, "encoder_outputs": encoding}
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _why_not_here(
+        self, config: GenerationConfig, model_inputs: dict, sentences: torch.Tensor | None, kwargs: dict
+    ) -> str | None:
+        """What only transformers' own loops can do, in words; None if our searches can do all that is asked for."""
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        unknown = sorted({name for name, value in model_inputs.items() if value is not None} - KNOWN_INPUTS)
+        wanted = {
+            f"the generation mode {mode}": mode not in SEARCHES,
+            "use_cache=False": not config.use_cache,
+            f"cache_implementation={config.cache_implementation!r}": config.cache_implementation is not None,
+            "custom_generate": kwargs.get("custom_generate") is not None,
+            "synced_gpus": bool(kwargs.get("synced_gpus")),
+            "stop_strings": config.stop_strings is not None,
+            "guidance_scale": config.guidance_scale not in (None, 1),
+            "low_memory": bool(config.low_memory),
+            "token_healing": bool(config.token_healing),
+            "output_attentions": bool(config.output_attentions),
+            "output_hidden_states": bool(config.output_hidden_states),
+            "a streamer for beams": kwargs.get("streamer") is not None and config.num_beams > 1,
+            f"the argument {unknown[:1]}": bool(unknown),
+            "inputs that are no ids": sentences is None,
+            "a model in training mode": self.training,
+        }
+        for reason, present in wanted.items():
+            if present:
+                return reason
+        plain = parameters_of_plain_modules(self) is not None
+        return None if plain else "layers that are not torch's own, or differ in dtype or device"
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
+        """transformers copies every input for each beam. Our searches need no copies."""
+        if isinstance(kwargs.get("encoder_outputs"), SharedEncoding):
+            expand_size = 1
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        """Our searches bring their own cache."""
+        if not isinstance(model_kwargs.get("encoder_outputs"), SharedEncoding):
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def _prepare_generated_length(
         self,
@@ -46,3 +230,65 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         if decoder_attention_mask is not None and kwargs.get("decoder_position_ids") is None:
             kwargs["decoder_position_ids"] = (decoder_attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         return super().prepare_inputs_for_generation(input_ids, decoder_attention_mask=decoder_attention_mask, **kwargs)
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+# Arguments of `generate()` that are neither fields of a generation config nor inputs of the model.
+_EXTRAS = {
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "streamer",
+    "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "trust_remote_code", "tokenizer",
+    "assistant_tokenizer",
+}  # fmt: skip
+
+
+def _without_extras(kwargs: dict) -> dict:
+    return {name: value for name, value in kwargs.items() if name not in _EXTRAS}
+
+
+def _sentences(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor | None:
+    """The source's ids `[B, S]`, or None: then transformers says what is wrong, or makes them."""
+    ids = inputs if inputs is not None else model_inputs.get("input_ids")
+    both = inputs is not None and model_inputs.get("input_ids") is not None
+    return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.numel() and not both else None
+
+
+def _refuse_other_vocabulary(model: Any, other: Any, number: int) -> None:
+    for field in ("vocab_size", "decoder_vocab_size", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        ours, theirs = getattr(model.config, field), getattr(other.config, field)
+        if ours != theirs:
+            raise ValueError(
+                f"ensemble: model {number} has {field}={theirs} and this one {ours}: an ensemble needs one vocabulary"
+            )
+    if parameters_of_plain_modules(other) is None or other.training:
+        raise ValueError(f"ensemble: model {number} must be in evaluation mode, with torch's own layers on one device")
+
+
+def _checked_phrases(name: str, phrases: Sequence, sentences: int, config: Any) -> list[list[list[int]]]:
+    if len(phrases) != sentences:
+        raise ValueError(f"{name} has lists for {len(phrases)} sentences, but there are {sentences}")
+    for number, several in enumerate(phrases):
+        for phrase in several:
+            if not isinstance(phrase, (list, tuple)) or not phrase:
+                raise ValueError(f"{name}[{number}] holds {phrase!r}, which is not a list of one or more token ids")
+            for token in phrase:
+                if not 0 <= token < config.decoder_vocab_size:
+                    raise ValueError(
+                        f"{name}[{number}] holds the token id {token}; ids go from 0 to {config.decoder_vocab_size - 1}"
+                    )
+    return [[list(phrase) for phrase in several] for several in phrases]
+
+
+def _outside_inference_mode(result: Any) -> Any:
+    """Ordinary tensors, which a user may change."""
+    if isinstance(result, torch.Tensor):
+        return result.clone()
+    for name, value in result.items():
+        if isinstance(value, torch.Tensor):
+            result[name] = value.clone()
+        elif isinstance(value, tuple):
+            result[name] = tuple(step.clone() for step in value)
+    return result

@@ -34,6 +34,7 @@ from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
 from .loss_vanilla_transformer import label_smoothed_cross_entropy, projected_cross_entropy, shift_right
 from .operations_vanilla_transformer import Dropout, cast_once, fast_dropout
+from .scoring_vanilla_transformer import VanillaTransformerScoringMixin
 
 
 def scaled_dot_product_attention(
@@ -550,7 +551,9 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         )
 
 
-class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
+class VanillaTransformerForConditionalGeneration(
+    VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin, VanillaTransformerScoringMixin
+):
     """
     The Transformer with its output projection: logits = decoder x W + b, whose softmax is the probability of each
     next token (section 3.4). W is the embedding table by default; b is trained.

@@ -1,0 +1,477 @@
+"""The packed network against the modules that it is made from, its staleness, its cache, and who decodes what."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
+
+from vanilla_transformer import VanillaTransformerForConditionalGeneration
+from vanilla_transformer import generation_vanilla_transformer as generation
+from vanilla_transformer import inference_vanilla_transformer as inference
+from vanilla_transformer.inference_vanilla_transformer import (
+    COMPUTE_TYPES,
+    PackedTransformer,
+    TargetCache,
+    parameters_of_plain_modules,
+    pack_linear,
+    packed,
+)
+
+
+CONFIGURATIONS = {
+    "paper": {},
+    "pre-norm": {"normalize_before": True},
+    "learned positions": {"position_embedding_type": "learned"},
+    "free d_k and d_v": {"d_kv": 6, "d_v": 10},
+    "gelu": {"activation_function": "gelu"},
+    "unscaled": {"scale_embedding": False},
+    "two vocabularies": {
+        "share_encoder_decoder_embeddings": False, "decoder_vocab_size": 53, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+# Largest error of a logit, as a share of the logits' standard deviation. For int8 and bfloat16: four times what the
+# tiny models showed; real ones, with their larger layers, err less.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.2, "int8": 0.4}
+
+needs_fbgemm = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 is computed by FBGEMM, on x86"
+)
+TYPES = [pytest.param(name, marks=needs_fbgemm if name == "int8" else ()) for name in COMPUTE_TYPES]
+
+
+@pytest.fixture(scope="session")
+def source(padded):
+    return dict(zip(("input_ids", "attention_mask"), padded(side="left"), strict=True))
+
+
+def logits_by_steps(engine: PackedTransformer, source: dict, targets: torch.Tensor, padding=None) -> torch.Tensor:
+    """Logits `[B, T, V]` of one target for each sentence, read token by token; `padding` is true at the left."""
+    memory = engine.encode(**source)
+    state = engine.start(memory, source.get("attention_mask"), 1, False, padding is not None)
+    logits = []
+    for column in range(targets.shape[1]):
+        position = state.position
+        logits.append(engine.step(targets[:, column, None], state)[:, 0])
+        if padding is not None:
+            state.target.hide_last(padding[:, column])
+            state.position = position + (~padding[:, column, None]).long()
+    return torch.stack(logits, dim=1)
+
+
+@pytest.mark.parametrize("compute_type", TYPES)
+@pytest.mark.parametrize("fields", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+@torch.inference_mode()
+def test_logits_and_encodings_are_those_of_the_modules(tiny_model, source, padded, fields, compute_type):
+    model = tiny_model(**fields)
+    engine = PackedTransformer(model, compute_type)
+    targets = padded((12,) * 4, vocab_size=53, seed=3)[0]
+    expected = model(**source, decoder_input_ids=targets)
+    error = (logits_by_steps(engine, source, targets) - expected.logits).abs().max() / expected.logits.std()
+    assert error < TOLERANCE[compute_type]
+    kept = source["attention_mask"].bool()
+    wrong = (engine.encode(**source) - expected.encoder_last_hidden_state)[kept]
+    assert wrong.abs().max() / expected.encoder_last_hidden_state.std() < TOLERANCE[compute_type]
+
+
+@torch.inference_mode()
+def test_target_positions_beyond_those_prepared_are_right(tiny_model, source, padded):
+    model = tiny_model()
+    targets = padded((150,) * 4, seed=3)[0]
+    logits = logits_by_steps(PackedTransformer(model, "float32"), source, targets)
+    expected = model(**source, decoder_input_ids=targets).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_learned_positions_end_in_the_model_s_error(tiny_model, source):
+    model = tiny_model(position_embedding_type="learned")
+    model.lm_head.bias.data[2] = -1e4
+    assert model.generate(**source, max_length=48).shape[1] == 48
+    with pytest.raises(ValueError, match="position 48 has no learned embedding"):
+        model.generate(**source, max_length=50)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("compute_type", TYPES)
+@torch.inference_mode()
+def test_a_packed_product_is_the_product(compute_type, relu):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(33, 17, generator=generator), torch.randn(33, generator=generator)
+    x = torch.randn(2, 5, 17, generator=generator)
+    expected = x.double() @ weight.double().T + bias.double()
+    expected = expected.relu() if relu else expected
+    # 24 bits; 8 bits; 7 or 8 bits for weights and states.
+    tolerance = {"float32": 1e-5, "bfloat16": 0.1, "int8": 0.3}[compute_type]
+    for function in (pack_linear, *([inference._plain_linear] if compute_type != "int8" else [])):
+        result = function(weight, bias, compute_type, relu)(x)
+        assert result.dtype == torch.float32
+        assert (result - expected).abs().max() < tolerance
+
+
+def test_packing_int8_leaves_the_process_s_quantisation_engine(tiny_model):
+    before = torch.backends.quantized.engine
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        PackedTransformer(tiny_model(), "int8")
+    assert torch.backends.quantized.engine == before
+
+
+@pytest.mark.parametrize("compute_type", [None, *TYPES])
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}], ids=["greedy", "beams"])
+def test_sharp_models_decode_alike_in_every_type(lively_model, source, compute_type, options):
+    """The likeliest of a sharp distribution stays so when numbers are rounded."""
+    model = lively_model()
+    model.lm_head.weight.data.mul_(8.0)
+    expected = model.generate(**source, **options, max_new_tokens=5)
+    rounded = model.generate(**source, **options, max_new_tokens=5, compute_type=compute_type)
+    same = (expected[:, :2] == rounded[:, :2]).all(dim=1)
+    assert same.float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_s_own_dtype_is_what_it_decodes_in(tiny_model, source, dtype):
+    model = tiny_model().to(dtype)
+    output = model.generate(**source, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
+    assert output.past_key_values is None
+    assert output.logits[0].dtype == torch.float32
+    expected = tiny_model()(**source, decoder_input_ids=torch.ones(4, 1, dtype=torch.long)).logits[:, 0]
+    error = (output.logits[0].view(4, 4, -1)[:, 0] - expected).abs().max() / expected.std()
+    # float16 weights are computed with in float32, being rounded less.
+    assert error < (0.2 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_autocast_decides_the_type(tiny_model, source):
+    model = tiny_model()
+    arguments = {**source, "max_new_tokens": 6, "return_dict_in_generate": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model.generate(**arguments)
+    asked = model.generate(**arguments, compute_type="bfloat16")
+    assert torch.equal(inside.sequences, asked.sequences)
+    assert torch.equal(inside.sequences_scores, asked.sequences_scores)
+    assert not torch.equal(inside.sequences_scores, model.generate(**arguments).sequences_scores)
+
+
+@pytest.mark.parametrize("wrong", ["float16", "int4", ""])
+def test_an_unknown_type_is_an_error(tiny_model, source, wrong):
+    with pytest.raises(ValueError, match=f"compute_type='{wrong}'.*float32, bfloat16, int8"):
+        tiny_model().generate(**source, compute_type=wrong)
+
+
+def test_the_encoder_reads_a_source_once(lively_model, source, monkeypatch):
+    model, calls = lively_model(), []
+    encode = PackedTransformer.encode
+    monkeypatch.setattr(PackedTransformer, "encode", lambda *args: calls.append(1) or encode(*args))
+    monkeypatch.setattr(type(model.model.encoder), "forward", lambda *_, **__: pytest.fail("the module was called"))
+    monkeypatch.setattr(type(model.model.decoder), "forward", lambda *_, **__: pytest.fail("the module was called"))
+    model.generate(**source, max_new_tokens=3)
+    assert len(calls) == 1
+
+
+# Ways to change weights, each of all a model's weights or of some.
+def by_an_optimizer(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model(input_ids=torch.tensor([[5, 6, 2]]), labels=torch.tensor([[7, 8, 2]])).loss.backward()
+    optimizer.step()
+
+
+def by_a_state(model):
+    model.load_state_dict({name: tensor.roll(1, 0) for name, tensor in model.state_dict().items()})
+
+
+def by_data(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(-1.3)
+
+
+def by_a_new_head(model):
+    model.lm_head = nn.Linear(model.config.d_model, model.config.decoder_vocab_size)
+    nn.init.normal_(model.lm_head.weight)
+
+
+def by_no_grad(model):
+    with torch.no_grad():
+        model.model.encoder.layers[1].fc1.weight[0, 0] += 20.0
+        model.model.decoder.layers[0].self_attn_layer_norm.bias[3] += 9.0
+
+
+def by_embeddings(model):
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight[1] += 5.0
+
+
+@pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "change", [by_an_optimizer, by_a_state, by_data, by_a_new_head, by_no_grad, by_embeddings], ids=lambda f: f.__name__
+)
+def test_changed_weights_are_used_at_once(lively_model, source, change, compute_type):
+    model = lively_model()
+    arguments = {**source, "max_new_tokens": 6, "return_dict_in_generate": True, "compute_type": compute_type}
+    before = model.generate(**arguments)
+    assert torch.equal(model.generate(**arguments).sequences_scores, before.sequences_scores)
+    change(model)
+    after = model.generate(**arguments)
+    fresh = copy.deepcopy(model).generate(**arguments)
+    assert torch.equal(after.sequences, fresh.sequences)
+    assert torch.equal(after.sequences_scores, fresh.sequences_scores)
+    assert not torch.allclose(after.sequences_scores, before.sequences_scores)
+
+
+def test_weights_are_packed_once(lively_model, source, monkeypatch):
+    made = []
+    build = PackedTransformer.__init__
+    monkeypatch.setattr(PackedTransformer, "__init__", lambda *args: made.append(args[2]) or build(*args))
+    model = lively_model()
+    for compute_type in (None, "float32", "bfloat16", None, "bfloat16"):
+        model.generate(**source, max_new_tokens=2, compute_type=compute_type)
+    assert made == ["float32", "bfloat16"]
+
+
+def test_models_do_not_mix(lively_model, source):
+    models = [lively_model(seed=seed) for seed in (0, 1)]
+    expected = [GenerationMixin.generate(model, **source, max_new_tokens=6) for model in models]
+    assert not torch.equal(*expected)
+    for number in (0, 1, 0):
+        assert torch.equal(models[number].generate(**source, max_new_tokens=6), expected[number])
+
+
+def test_a_model_that_has_decoded_can_be_copied_pickled_and_saved(lively_model, source, tmp_path):
+    model = lively_model()
+    expected = model.generate(**source, max_new_tokens=6)
+    names = set(model.state_dict())
+    model.save_pretrained(tmp_path)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        VanillaTransformerForConditionalGeneration.from_pretrained(tmp_path).eval(),
+    ]
+    for other in copies:
+        assert set(other.state_dict()) == names
+        assert torch.equal(other.generate(**source, max_new_tokens=6), expected)
+    by_data(copies[0])
+    assert not torch.equal(copies[0].generate(**source, max_new_tokens=6), expected)
+    assert torch.equal(model.generate(**source, max_new_tokens=6), expected)
+
+
+def test_packed_weights_go_with_their_model(tiny_model):
+    model = tiny_model()
+    engine = weakref.ref(packed(model, "float32"))
+    assert engine() is packed(model, "float32")
+    del model
+    gc.collect()
+    assert engine() is None
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 1, "do_sample": True}])
+def test_outputs_are_ordinary_tensors_that_one_may_change(lively_model, source, options):
+    model = lively_model()
+    told = model.generate(
+        **source, **options, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    for tensor in (model.generate(**source, **options, max_new_tokens=4), told.sequences, *told.scores, *told.logits):
+        assert not tensor.is_inference()
+        tensor[0] = 0
+
+
+class TestTargetCache:
+    """Beams that die and split at random: each sees its own ancestors and nothing else, in little memory."""
+
+    @pytest.mark.parametrize("capacity", [1, 32])
+    @pytest.mark.parametrize("width", [1, 2, 5])
+    def test_hypotheses_see_their_ancestors(self, monkeypatch, width, capacity):
+        monkeypatch.setattr(TargetCache, "CAPACITY", capacity)
+        generator = torch.Generator().manual_seed(width)
+        rows, heads, layers = 6, 2, 2
+        cache = TargetCache(layers, rows, heads, 3, 4, True, torch.device("cpu"))
+        histories: list[list[list[float]]] = [[[]] for _ in range(rows)]  # values by row and hypothesis
+        wide = 1
+        for step in range(60):
+            cache.make_room(wide)
+            new = torch.rand(rows, wide, generator=generator)
+            for layer in range(layers):
+                sign = 1 - 2 * layer
+                keys, values = cache.append(
+                    layer,
+                    (sign * new)[:, :, None, None].expand(rows, wide, heads, 3),
+                    (sign * new + 1)[:, :, None, None].expand(rows, wide, heads, 4),
+                )
+                mask = cache.mask_for_heads()
+                assert keys.shape == (rows * heads, cache.length, 3)
+                assert values.shape == (rows * heads, cache.length, 4)
+                assert mask.shape == (rows * heads, wide, cache.length)
+                for row in range(len(histories)):
+                    for beam in range(wide):
+                        history = torch.tensor([*histories[row][beam], float(new[row, beam])])
+                        for head in range(heads):
+                            seen = mask[row * heads + head, beam] == 0
+                            mine = keys[row * heads + head, seen], values[row * heads + head, seen]
+                            assert torch.equal(mine[0], (sign * history)[:, None].expand(-1, 3))
+                            assert torch.equal(mine[1], (sign * history + 1)[:, None].expand(-1, 4))
+            grown = [
+                [[*histories[row][beam], float(new[row, beam])] for beam in range(wide)]
+                for row in range(len(histories))
+            ]
+            parents = torch.randint(0, wide, (rows, width), generator=generator)
+            cache.move_beams(parents)
+            histories = [[grown[row][parent] for parent in parents[row].tolist()] for row in range(rows)]
+            wide = width
+            if step in (20, 40):  # sentences leave
+                kept = torch.tensor([0, 2, 3]) if step == 20 else torch.tensor([1, 2])
+                cache.keep(kept)
+                histories, rows = [histories[row] for row in kept.tolist()], len(kept)
+
+    def test_memory_follows_the_distinct_histories(self):
+        width, steps = 8, 400
+        cache = TargetCache(1, 2, 1, 1, 1, True, torch.device("cpu"))
+        for step in range(steps):
+            wide = width if step else 1
+            cache.make_room(wide)
+            cache.append(0, torch.zeros(2, wide, 1, 1), torch.zeros(2, wide, 1, 1))
+            # All continue the best: what they have in common is stored once.
+            cache.move_beams(torch.zeros(2, width, dtype=torch.long))
+            columns = cache.keys[0].shape[2]
+            assert columns <= max(32, 1.6 * (step + 1) + 16 * width)
+        assert columns < steps * width / 4
+
+    @pytest.mark.parametrize("options", [{"num_beams": 5}, {"num_beams": 1}, {"num_beams": 6, "num_beam_groups": 2}])
+    def test_its_size_changes_no_output(self, lively_model, source, monkeypatch, options):
+        model = lively_model()
+        arguments = {**source, **options, "max_new_tokens": 60, "min_new_tokens": 45, "return_dict_in_generate": True}
+        outputs = []
+        for capacity in (1000, 1):
+            monkeypatch.setattr(TargetCache, "CAPACITY", capacity)
+            outputs.append(model.generate(**arguments))
+        assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+        if "num_beam_groups" not in options:
+            assert torch.equal(outputs[0].sequences, GenerationMixin.generate(model, **arguments).sequences)
+
+
+# What only transformers' loops do, as arguments of `generate`, and what an error is to name.
+STOCK = {
+    "no cache": ({"use_cache": False}, "use_cache=False"),
+    "static cache": (
+        {"cache_implementation": "static", "disable_compile": True}, "cache_implementation='static'",
+    ),
+    "attention weights": (
+        {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions",
+    ),
+    "states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+    "own cache": ({"past_key_values": "static"}, "past_key_values"),
+    "encoder's output": ({"encoder_outputs": "computed"}, "encoder_outputs"),
+    "assistant": ({"assistant_model": "itself", "num_beams": 1}, "generation mode"),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 2, "num_beams": 1}, "generation mode"),
+}  # fmt: skip
+OWN = {
+    "compute_type": "float32",
+    "length_penalty_form": "gnmt",
+    "coverage_penalty": 0.2,
+    "ensemble": "itself",
+    "required_phrases": [[[5]]],
+    "forbidden_phrases": [[[5]]],
+}
+
+
+@pytest.fixture
+def no_search_of_ours(monkeypatch):
+    for name in ("search_beams", "search_rows", "packed"):
+        monkeypatch.setattr(generation, name, lambda *_: pytest.fail("our search was called"))
+
+
+def filled(arguments: dict, model, source: dict) -> dict:
+    """The arguments with what cannot be written in a table."""
+    made = dict(arguments)
+    if "encoder_outputs" in made:
+        made["encoder_outputs"] = model.model.encoder(**source)
+    if "assistant_model" in made:
+        made["assistant_model"] = model
+    if "past_key_values" in made:
+        made["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    if "ensemble" in made:
+        made["ensemble"] = [model]
+    return made
+
+
+@pytest.mark.parametrize(("arguments", "name"), STOCK.values(), ids=STOCK.keys())
+class TestStock:
+    def test_transformers_loops_do_what_only_they_can(self, lively_model, padded, no_search_of_ours, arguments, name):
+        model = lively_model(attention="eager")
+        source = dict(zip(("input_ids", "attention_mask"), padded((5,)), strict=True))
+        common = {**source, "max_new_tokens": 7, **arguments}
+        outputs = [
+            generate(**filled(common, model, source))
+            for generate in (model.generate, lambda **options: GenerationMixin.generate(model, **options))
+        ]
+        if "return_dict_in_generate" in arguments:
+            assert outputs[0].keys() == outputs[1].keys()
+            outputs = [output.sequences for output in outputs]
+        assert torch.equal(*outputs)
+
+    def test_our_own_arguments_do_not_go_with_them(self, lively_model, padded, no_search_of_ours, arguments, name):
+        model = lively_model(attention="eager")
+        source = dict(zip(("input_ids", "attention_mask"), padded((5,)), strict=True))
+        for own, value in OWN.items():
+            if "num_beams" in arguments and own == "required_phrases":
+                continue
+            with pytest.raises(ValueError, match=f"{own} does not go with .*{name}"):
+                model.generate(**source, **filled({**arguments, own: value}, model, source))
+
+
+class Wrapped(nn.Linear):
+    """A layer as a quantiser or an adapter leaves it: it computes something else than `nn.Linear`."""
+
+    def forward(self, x):
+        return 1.1 * super().forward(x)
+
+
+def in_training(model):
+    return model.train()
+
+
+def in_float64(model):
+    return model.double()
+
+
+def with_a_wrapped_layer(model):
+    old = model.model.decoder.layers[0].fc1
+    model.model.decoder.layers[0].fc1 = Wrapped(old.in_features, old.out_features)
+    return model
+
+
+def with_a_hook(model):
+    model.model.decoder.layers[1].fc2.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def with_a_hook_before(model):
+    model.model.encoder.layers[1].fc2.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    return model
+
+
+def with_a_head_without_bias(model):
+    model.lm_head = nn.Linear(model.config.d_model, model.config.decoder_vocab_size, bias=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [in_training, in_float64, with_a_wrapped_layer, with_a_hook, with_a_hook_before, with_a_head_without_bias],
+    ids=lambda f: f.__name__,
+)
+def test_models_that_are_not_as_we_know_them_are_left_to_transformers(lively_model, source, no_search_of_ours, change):
+    model = change(lively_model(dropout=0.0))
+    outputs = [
+        generate(**source, max_new_tokens=7)
+        for generate in (model.generate, lambda **options: GenerationMixin.generate(model, **options))
+    ]
+    assert torch.equal(*outputs)
+    with pytest.raises(ValueError, match="coverage_penalty does not go with"):
+        model.generate(**source, coverage_penalty=0.1)
+
+
+def test_a_model_that_has_told_its_attention_is_still_decoded_here(lively_model, source):
+    """transformers leaves hooks in the layers, which do nothing unless something is to be recorded."""
+    model = lively_model(attention="eager")
+    model(**source, decoder_input_ids=torch.ones(4, 1, dtype=torch.long), output_attentions=True)
+    assert parameters_of_plain_modules(model)

@@ -1,0 +1,182 @@
+"""Hard lexical constraints: phrases that an output must not, or must, contain.
+
+Required phrases follow Post and Vilar (2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation for
+Neural Machine Translation"): hypotheses compete only with those that have as many of the required tokens, so that one
+which has paid for an unlikely token is not driven out by those that have not.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import LogitsProcessor
+
+
+Phrase = Sequence[int]
+
+
+class ForbiddenPhrases(LogitsProcessor):
+    """
+    Gives no probability to a token that would complete a forbidden phrase of its sentence.
+
+    Args:
+        phrases: for each sentence a list of phrases, each a list of token ids.
+    """
+
+    def __init__(self, phrases: Sequence[Sequence[Phrase]]):
+        self.phrases = phrases
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`input_ids` `[B * W, T]` so far and `scores` `[B * W, V]` of what may follow -> those scores, with -inf."""
+        width = len(scores) // len(self.phrases)
+        scores = scores.clone()  # type: ignore[assignment]
+        for row, tokens in enumerate(input_ids.tolist()):
+            for phrase in self.phrases[row // width]:
+                begun = len(phrase) - 1
+                if tokens[len(tokens) - begun :] == list(phrase[:-1]):
+                    scores[row, phrase[-1]] = float("-inf")
+        return scores
+
+
+class Progress(NamedTuple):
+    """How much of a sentence's phrases a hypothesis holds: whole ones by number, and the begin of one more."""
+
+    met: frozenset[int] = frozenset()
+    current: int = -1
+    begun: int = 0
+
+    def tokens(self, phrases: Sequence[Phrase]) -> int:
+        """How many required tokens it holds."""
+        return sum(len(phrases[number]) for number in self.met) + self.begun
+
+    def is_complete(self, phrases: Sequence[Phrase]) -> bool:
+        """Whether it holds all phrases."""
+        return len(self.met) == len(phrases)
+
+    def wanted(self, phrases: Sequence[Phrase]) -> set[int]:
+        """The tokens that bring it further."""
+        if self.begun:
+            return {phrases[self.current][self.begun]}
+        return {phrase[0] for number, phrase in enumerate(phrases) if number not in self.met}
+
+    def after(self, token: int, phrases: Sequence[Phrase]) -> "Progress":
+        """The progress after one more token."""
+        if self.begun:
+            phrase = phrases[self.current]
+            tail = [*phrase[: self.begun], token]
+            # What was begun goes on, or begins again within itself (as Knuth, Morris and Pratt search).
+            for length in range(len(tail), 0, -1):
+                if tail[-length:] == list(phrase[:length]):
+                    return self._with(self.current, length, phrases)
+        for number, phrase in enumerate(phrases):
+            if number not in self.met and phrase[0] == token:
+                return self._with(number, 1, phrases)
+        return Progress(self.met)
+
+    def _with(self, number: int, length: int, phrases: Sequence[Phrase]) -> "Progress":
+        if length == len(phrases[number]):
+            return Progress(self.met | {number})
+        return Progress(self.met, number, length)
+
+
+class _Candidate(NamedTuple):
+    score: float
+    beam: int
+    token: int
+    progress: Progress
+
+
+class RequiredPhrases:
+    """
+    The progress of all running hypotheses, and the candidates that a beam search may choose from.
+
+    Args:
+        phrases: for each sentence a list of phrases, each a list of token ids. One that is named twice is required
+            twice.
+        width: beams W.
+    """
+
+    def __init__(self, phrases: Sequence[Sequence[Phrase]], width: int):
+        self.phrases = phrases
+        self.width = width
+        self.progress = [[Progress()] * width for _ in phrases]
+
+    def candidates(
+        self, log_probs: torch.Tensor, scores: torch.Tensor, k: int, eos: torch.Tensor | None, is_last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            log_probs: of the next token after each beam, `[B, W, V]`. scores: of the beams, `[B, W]`.
+            k: number of candidates K, at least 2 W.
+            eos: ids that end a sentence.
+            is_last: whether no token may follow these.
+
+        Returns:
+            Scores, beams and tokens, `[B, K]` each: at most W that end a sentence first, then the W to go on with.
+        """
+        ends = set(eos.tolist()) if eos is not None else set()
+        total = log_probs + scores[:, :, None]
+        allowed = total.clone()
+        for row, row_progress in enumerate(self.progress):
+            for beam, progress in enumerate(row_progress):
+                if not progress.is_complete(self.phrases[row]):
+                    allowed[row, beam, list(ends)] = float("-inf")
+        places = allowed.flatten(1).topk(k).indices
+        likeliest = allowed.argmax(dim=2).tolist()
+        vocabulary = total.shape[2]
+        chosen = []
+        for row, row_phrases in enumerate(self.phrases):
+            named = {(place // vocabulary, place % vocabulary) for place in places[row].tolist()}
+            for beam, progress in enumerate(self.progress[row]):
+                named |= {(beam, token) for token in progress.wanted(row_phrases)}
+                named.add((beam, likeliest[row][beam]))
+            found = [
+                _Candidate(score, beam, token, self.progress[row][beam].after(token, row_phrases))
+                for beam, token in named
+                if (score := float(total[row, beam, token])) > float("-inf")
+            ]
+            chosen.append(self._chosen(sorted(found, key=lambda each: -each.score), row_phrases, k, ends, is_last))
+        fields = torch.tensor(chosen, dtype=torch.float64, device=log_probs.device).unbind(dim=2)  # [B, K, 3]
+        return fields[0].float(), fields[1].long(), fields[2].long()
+
+    def _chosen(
+        self, found: list[_Candidate], phrases: Sequence[Phrase], k: int, ends: set[int], is_last: bool
+    ) -> list[tuple[float, int, int]]:
+        """K of the candidates `found`, the best first, of one sentence."""
+        if is_last:
+            # Now all end. Those that lack a phrase come last.
+            late = [(each.score + (0.0 if each.progress.is_complete(phrases) else -1e9), *each[1:3]) for each in found]
+            late.sort(key=lambda each: -each[0])
+            return _filled(late[:k], k)
+        complete = [each for each in found if each.progress.is_complete(phrases)][: self.width]
+        ending = [each for each in complete if each.token in ends]
+        going_on = [each for each in found if each.token not in ends]
+        kept = self._allocated(going_on, phrases)
+        return _filled([each[:3] for each in ending + kept], k)
+
+    def _allocated(self, found: list[_Candidate], phrases: Sequence[Phrase]) -> list[_Candidate]:
+        """W candidates, shared out among banks of those that hold equally many required tokens."""
+        required = sum(len(phrase) for phrase in phrases)
+        banks: dict[int, list[_Candidate]] = {}
+        for each in found:
+            banks.setdefault(each.progress.tokens(phrases), []).append(each)
+        # From the fullest bank down, so that with fewer beams than banks the phrases are still completed.
+        order = sorted(banks, reverse=True)
+        share = max(1, self.width // (required + 1))
+        kept: list[_Candidate] = []
+        for bank in order:
+            kept += banks[bank][: min(share, self.width - len(kept))]
+        left = sorted((each for bank in order for each in banks[bank][share:]), key=lambda each: -each.score)
+        return kept + left[: self.width - len(kept)]
+
+    def advance(self, parents: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The beams that were chosen, `[B, W]`, and their tokens, become the running hypotheses."""
+        self.progress = [
+            [self.progress[row][parent].after(token, self.phrases[row]) for parent, token in zip(*pair, strict=True)]
+            for row, pair in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
+        ]
+
+
+def _filled(chosen: list[tuple[float, int, int]], k: int) -> list[tuple[float, int, int]]:
+    """K candidates: those missing are worse than any."""
+    return chosen + [(-2e9, 0, 0)] * (k - len(chosen))

@@ -1,0 +1,565 @@
+"""The network without what only training needs: packed weights, and one decoding step for all beams of a batch at once.
+
+`PackedTransformer` computes what the modules of the modeling file compute, from the same weights, faster:
+
+- the projections of queries, keys and values are one product; 1 / sqrt(d_k) is part of the weights;
+- on a CPU, weights are laid out once as oneDNN (float32, bfloat16) or FBGEMM (int8) read them;
+- the beams of a sentence share its cross-attention keys and values: their queries attend together, and nothing of the
+  source is ever copied for a beam;
+- the beams' own keys and values are never reordered: see `TargetCache`.
+
+Sizes in the comments: B sentences, W beams (or samples) of each, S source tokens, N cached target tokens, H heads.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+COMPUTE_TYPES = ("float32", "bfloat16", "int8")
+
+# The modules whose work is known here. One that something has wrapped (LoRA, quantisation, parallelism) is not.
+_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)
+_PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False) -> _Linear:
+    """
+    x W^T + b, of float32 states into float32 states, computed in `compute_type`.
+
+    Args:
+        weight: `[out, in]`. bias: `[out]`.
+        compute_type: "float32"; "bfloat16", with sums in float32; or "int8": weights rounded to 8 bits, with a scale
+            for each row, and states to 8 bits, with a scale for each call (torch's dynamic quantisation, by FBGEMM).
+        relu: whether max(0, .) follows.
+    """
+    if weight.device.type != "cpu":
+        return _plain_linear(weight, bias, compute_type, relu)
+    if compute_type == "int8":
+        return _int8_linear(weight, bias, relu)
+    dtype = getattr(torch, compute_type)
+    packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 64), bias.to(dtype)
+    product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
+    if dtype == torch.float32:
+        return lambda x: product(x, packed, bias, after, [], "")
+    return lambda x: product(x.to(dtype), packed, bias, after, [], "").float()
+
+
+def _plain_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool) -> _Linear:
+    dtype = getattr(torch, compute_type)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if relu:
+        return lambda x: F.linear(x.to(dtype), weight, bias).relu_().float()
+    return lambda x: F.linear(x.to(dtype), weight, bias).float()
+
+
+def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linear:
+    weight, bias = weight.float(), bias.float().contiguous()
+    scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
+    # FBGEMM is faster but for large matrices such as the output projection.
+    library = "onednn" if len(weight) >= 4096 and "onednn" in torch.backends.quantized.supported_engines else "fbgemm"
+    with warnings.catch_warnings(), _QuantizedEngine(library):
+        warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
+        zeros = torch.zeros(len(weight), dtype=torch.long)
+        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(quantized, bias)
+    product = torch.ops.quantized.linear_relu_dynamic if relu else torch.ops.quantized.linear_dynamic
+    # Without VNNI instructions sums of 8-bit products overflow 16 bits, unless the states have 7.
+    reduce_range = not torch.cpu._is_vnni_supported()
+    return lambda x: product(x, packed, reduce_range)
+
+
+class _QuantizedEngine:
+    """Which library packs quantised weights is one setting for the process: it is put back."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = self.name
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.quantized.engine = self.before
+        self._lock.release()
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    softmax(Q K^T + mask) V, Q being scaled already (Vaswani et al., 2017, equation 1), with every head a row.
+
+    Args:
+        query: `[B * H, W, d_k]`. key: `[B * H, N, d_k]`. value: `[B * H, N, d_v]`.
+        mask: 0 where a query may look and -inf where not, `[B * H, W or 1, N]`; None: everywhere.
+    """
+    return torch.bmm(attention_weights(query, key, mask), value)  # [B * H, W, d_v]
+
+
+def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The weights of `attend`, `[B * H, W, N]`."""
+    key = key.transpose(1, 2)
+    scores = torch.bmm(query, key) if mask is None else torch.baddbmm(mask, query, key)
+    return scores.softmax(dim=-1)
+
+
+class TargetCache:
+    """
+    The keys and values of what has been decoded, for all hypotheses of a sentence in one row.
+
+    Every step appends a column for each hypothesis. Which columns a hypothesis may look at, its own ancestors, is told
+    by a mask; when beams move, only the mask moves. Columns that no living hypothesis descends from are dropped when
+    the buffers are full, so that they hold little more than the distinct histories (beams share most of theirs) and
+    grow rarely. Without a mask every hypothesis has a row of its own (greedy search and sampling).
+
+    Args:
+        layers: number of decoder layers. rows: B, or hypotheses when each has its own row. heads: H.
+        d_k, d_v: widths of a head. dtype: of keys and values.
+        masked: whether rows hold several hypotheses, or prefixes that are padded.
+    """
+
+    CAPACITY = 32
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        d_k: int,
+        d_v: int,
+        masked: bool,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.heads = heads
+        self.length = 0
+        self.keys = [torch.empty(rows, heads, 0, d_k, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.empty(rows, heads, 0, d_v, device=device, dtype=dtype) for _ in range(layers)]
+        self.mask = torch.empty(rows, 1, 0, device=device) if masked else None  # [B, W, N]
+
+    def make_room(self, width: int) -> None:
+        """Before each step: opens a column for each of a row's `width` hypotheses."""
+        if self.length + width > self.keys[0].shape[2]:
+            self._make_buffers(self._living_columns(), width)
+        if self.mask is not None:
+            rows, width, _ = self.mask.shape
+            # A new column is seen by the hypothesis that it belongs to.
+            own = torch.full((width, width), float("-inf"), device=self.mask.device).fill_diagonal_(0.0)
+            self.mask = torch.cat([self.mask, own.expand(rows, width, width)], dim=2)
+        self.length += width
+
+    def _living_columns(self) -> torch.Tensor:
+        """Those that some hypothesis looks at, in order, `[B, most of a row]`; rows with fewer are filled up."""
+        rows = len(self.keys[0])
+        if self.mask is None:
+            return torch.arange(self.length, device=self.keys[0].device).expand(rows, -1)
+        living = (self.mask == 0).any(dim=1)  # [B, N]
+        most = int(living.sum(dim=1).max())
+        return living.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+    def _make_buffers(self, columns: torch.Tensor, width: int) -> None:
+        """New buffers that begin with these columns `[B, n]`, with room for as many again by half, or for 8 steps."""
+        rows, length = columns.shape
+        capacity = max(self.CAPACITY, length + max(length // 2, 8 * width))
+        index = nn.functional.pad(columns, (0, capacity - length))[:, None]  # [B, 1, capacity]
+        # As rows of the buffers seen as [B * H * capacity, d]: those are copied whole.
+        firsts = torch.arange(rows * self.heads, device=columns.device).view(rows, self.heads, 1)
+        index = (firsts * self.keys[0].shape[2] + index).flatten()
+
+        def taken(states: torch.Tensor) -> torch.Tensor:
+            if not self.length:
+                return states.new_empty(rows, self.heads, capacity, states.shape[3])
+            return states.flatten(0, 2).index_select(0, index).view(rows, self.heads, capacity, -1)
+
+        self.keys, self.values = [taken(keys) for keys in self.keys], [taken(values) for values in self.values]
+        if self.mask is not None:
+            self.mask = self.mask.gather(2, columns[:, None].expand(-1, self.mask.shape[1], -1))
+        self.length = length
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This step's `[B, W, H, d]` into the columns opened for it -> all so far, `[B * H, N, d]`."""
+        return self._append(self.keys[layer], key), self._append(self.values[layer], value)
+
+    def _append(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        rows, heads, capacity, width = states.shape
+        states[:, :, self.length - new.shape[1] : self.length] = new.transpose(1, 2)
+        return states.view(rows * heads, capacity, width)[:, : self.length]
+
+    def mask_for_heads(self) -> torch.Tensor | None:
+        """The mask for `attend`, `[B * H, W, N]`."""
+        if self.mask is None:
+            return None
+        rows, width, length = self.mask.shape
+        mask = self.mask.to(self.keys[0].dtype)
+        return mask[:, None].expand(rows, self.heads, width, length).reshape(rows * self.heads, width, length)
+
+    def hide_last(self, rows: torch.Tensor) -> None:
+        """Nobody will look at the last column of these rows (`[B]`, true or false): it is padding."""
+        assert self.mask is not None
+        self.mask[:, :, -1].masked_fill_(rows[:, None], float("-inf"))
+
+    def move_beams(self, parents: torch.Tensor) -> None:
+        """Each hypothesis becomes a child of the one that `parents` `[B, W]` names."""
+        assert self.mask is not None
+        self.mask = self.mask.gather(1, parents[:, :, None].expand(-1, -1, self.mask.shape[2]))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops the rows that are not named."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+
+class DecoderState:
+    """
+    What the decoder knows of a batch between two steps.
+
+    Args:
+        cross: keys and values of the source in each layer, `[B * H, S, d]`.
+        source_mask: for `attend`, `[B * H, 1, S]`; None where no source is padded.
+        target: the cache of the target.
+        sentences: B.
+    """
+
+    def __init__(
+        self,
+        cross: list[tuple[torch.Tensor, torch.Tensor]],
+        source_mask: torch.Tensor | None,
+        target: TargetCache,
+        sentences: int,
+    ):
+        self.cross = cross
+        self.source_mask = source_mask
+        self.target = target
+        self.sentences = sentences
+        # Where the next token of each sentence stands, [B, 1]: only padded prefixes make sentences differ.
+        self.position: int | torch.Tensor = 0
+
+    def keep(self, sentences: torch.Tensor) -> None:
+        """Finished sentences leave: drops all but those named by their row."""
+
+        def kept(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(0, (self.sentences, -1))[sentences].flatten(0, 1)
+
+        per_sentence = len(self.target.keys[0]) // self.sentences
+        rows = (sentences[:, None] * per_sentence + torch.arange(per_sentence, device=sentences.device)).flatten()
+        self.cross = [(kept(keys), kept(values)) for keys, values in self.cross]
+        self.source_mask = None if self.source_mask is None else kept(self.source_mask)
+        self.target.keep(rows)
+        if isinstance(self.position, torch.Tensor):
+            self.position = self.position[sentences]
+        self.sentences = len(sentences)
+
+
+class _Layer:
+    """What encoder and decoder layers have in common: self-attention, feed-forward network, residual connections."""
+
+    def __init__(self, layer: Any, compute_type: str):
+        self.normalize_before = layer.normalize_before
+        self_attn = layer.self_attn
+        self.d_k, self.d_v = self_attn.d_k, self_attn.d_v
+        self.heads = self_attn.q_proj.out_features // self.d_k
+        self.qkv = _packed_together(
+            [_scaled(self_attn), _parameters(self_attn.k_proj), _parameters(self_attn.v_proj)], compute_type
+        )
+        self.out = pack_linear(*_parameters(self_attn.out_proj), compute_type)
+        self.self_norm = _norm(layer.self_attn_layer_norm)
+        fused = isinstance(layer.activation_fn, nn.ReLU)
+        self.activation = None if fused else layer.activation_fn
+        self.fc1 = pack_linear(*_parameters(layer.fc1), compute_type, relu=fused)
+        self.fc2 = pack_linear(*_parameters(layer.fc2), compute_type)
+        self.final_norm = _norm(layer.final_layer_norm)
+
+    def residual(self, x: torch.Tensor, norm: _Linear, sublayer: _Linear) -> torch.Tensor:
+        if self.normalize_before:
+            return sublayer(norm(x)).add_(x)
+        return norm(sublayer(x).add_(x))
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.fc1(x)
+        return self.fc2(hidden if self.activation is None else self.activation(hidden))
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys `[B, L, H, d_k]`, values `[B, L, H, d_v]` of `[B, L, d_model]`."""
+        queries = self.heads * self.d_k
+        query, key, value = self.qkv(x).split((queries, queries, self.heads * self.d_v), dim=-1)
+        return tuple(states.unflatten(-1, (self.heads, -1)) for states in (query, key, value))  # type: ignore
+
+
+class _EncoderLayer(_Layer):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`[B, S, d_model]` -> the same; `mask` for `scaled_dot_product_attention`."""
+
+        def self_attention(x: torch.Tensor) -> torch.Tensor:
+            query, key, value = (states.transpose(1, 2) for states in self.split(x))  # [B, H, S, d]
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+            return self.out(context.transpose(1, 2).flatten(2))
+
+        x = self.residual(x, self.self_norm, self_attention)
+        return self.residual(x, self.final_norm, self.feed_forward)
+
+
+class _DecoderLayer(_Layer):
+    def __init__(self, layer: Any, compute_type: str):
+        super().__init__(layer, compute_type)
+        encoder_attn = layer.encoder_attn
+        self.cross_query = pack_linear(*_scaled(encoder_attn), compute_type)
+        self.cross_key_value = _packed_together(
+            [_parameters(encoder_attn.k_proj), _parameters(encoder_attn.v_proj)], compute_type
+        )
+        self.cross_out = pack_linear(*_parameters(encoder_attn.out_proj), compute_type)
+        self.cross_norm = _norm(layer.encoder_attn_layer_norm)
+
+    def read_source(self, memory: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the source, `[B, S, d_model]` -> `[B * H, S, d]`."""
+        both = self.cross_key_value(memory).to(dtype).split((self.heads * self.d_k, self.heads * self.d_v), dim=-1)
+        key, value = (states.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1) for states in both)
+        return key, value
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        index: int,
+        state: DecoderState,
+        mask: torch.Tensor | None,
+        record: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """`[B, W, d_model]` -> the same. Cross-attention weights `[B, H, W, S]` are appended to `record`, if given."""
+        beams = x.shape[:2]
+
+        def self_attention(x: torch.Tensor) -> torch.Tensor:
+            query, key, value = self.split(x.view(*rows, -1))
+            keys, values = state.target.append(index, key, value)
+            context = attend(self._rows_of_heads(query, keys), keys, values, mask)
+            return self.out(self._concatenated(context, rows)).view(*beams, -1)
+
+        def cross_attention(x: torch.Tensor) -> torch.Tensor:
+            keys, values = state.cross[index]
+            query = self._rows_of_heads(self.cross_query(x).unflatten(-1, (self.heads, -1)), keys)
+            weights = attention_weights(query, keys, state.source_mask)
+            if record is not None:
+                record.append(weights.float().unflatten(0, (-1, self.heads)))
+            return self.cross_out(self._concatenated(torch.bmm(weights, values), beams))
+
+        # Of the cache's rows: [B, W], or [B * W, 1] where every hypothesis has a row of its own.
+        rows = (len(state.target.keys[0]), x.shape[0] * x.shape[1] // len(state.target.keys[0]))
+        x = self.residual(x, self.self_norm, self_attention)
+        x = self.residual(x, self.cross_norm, cross_attention)
+        return self.residual(x, self.final_norm, self.feed_forward)
+
+    def _rows_of_heads(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """`[B, W, H, d_k]` -> `[B * H, W, d_k]`, in the dtype of the keys."""
+        query = query.transpose(1, 2).to(keys.dtype, memory_format=torch.contiguous_format)
+        return query.reshape(-1, query.shape[2], self.d_k)
+
+    def _concatenated(self, context: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """`[B * H, W, d_v]` -> `[B, W, H * d_v]`, in float32."""
+        context = context.view(rows[0], self.heads, rows[1], self.d_v).transpose(1, 2)
+        return context.to(torch.float32, memory_format=torch.contiguous_format).reshape(rows[0], rows[1], -1)
+
+
+class PackedTransformer:
+    """
+    A model's weights laid out for decoding, and its computation on them. Products with weights are computed in
+    `compute_type`, states are float32 between them; unless `compute_type` is "float32", caches may be bfloat16.
+
+    Args:
+        model: a `VanillaTransformerForConditionalGeneration`.
+        compute_type: see `pack_linear`.
+    """
+
+    def __init__(self, model: Any, compute_type: str):
+        encoder, decoder = model.model.encoder, model.model.decoder
+        self.config = model.config
+        self.compute_type = compute_type
+        self.device = model.lm_head.weight.device
+        self.encoder, self.decoder = encoder, decoder
+        self.encoder_layers = [_EncoderLayer(layer, compute_type) for layer in encoder.layers]
+        self.decoder_layers = [_DecoderLayer(layer, compute_type) for layer in decoder.layers]
+        self.encoder_norm, self.decoder_norm = _norm(encoder.layer_norm), _norm(decoder.layer_norm)
+        self.project = pack_linear(*_parameters(model.lm_head), compute_type)
+        self.positions = torch.empty(0, self.config.d_model, device=self.device)
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Source `[B, S]` and its mask, 1 for tokens -> `[B, S, d_model]`."""
+        if attention_mask is None:
+            position_ids, mask = torch.arange(input_ids.shape[1], device=self.device)[None], None
+        else:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            mask = attention_mask.bool()[:, None, None]  # [B, 1, 1, S]
+        x = self._embedded(self.encoder, input_ids, position_ids)
+        for layer in self.encoder_layers:
+            x = layer.forward(x, mask)
+        return self.encoder_norm(x)
+
+    def start(
+        self, memory: torch.Tensor, attention_mask: torch.Tensor | None, width: int, beams: bool, padded: bool
+    ) -> DecoderState:
+        """
+        The state before the first step.
+
+        Args:
+            memory: the encoder's output, `[B, S, d_model]`. attention_mask: `[B, S]`, or None without padding.
+            width: hypotheses of a sentence. beams: whether they descend from one another.
+            padded: whether target prefixes are padded.
+        """
+        sentences, layer = len(memory), self.decoder_layers[0]
+        dtype = self._cache_dtype(sentences * width)
+        source_mask = None
+        if attention_mask is not None and not attention_mask.all():
+            source_mask = torch.zeros(attention_mask.shape, device=self.device, dtype=dtype)
+            source_mask = source_mask.masked_fill_(attention_mask == 0, float("-inf"))
+            source_mask = source_mask.repeat_interleave(layer.heads, dim=0)[:, None]
+        memory = memory.float()
+        cross = [layer.read_source(memory, dtype) for layer in self.decoder_layers]
+        rows = sentences if beams else sentences * width
+        sizes = (len(self.decoder_layers), rows, layer.heads, layer.d_k, layer.d_v)
+        return DecoderState(cross, source_mask, TargetCache(*sizes, beams or padded, self.device, dtype), sentences)
+
+    def _cache_dtype(self, hypotheses: int) -> torch.dtype:
+        """That of keys and values. Many are read faster in bfloat16, where a CPU has instructions for it."""
+        if self.compute_type == "float32":
+            return torch.float32
+        if self.device.type == "cpu" and (hypotheses < 32 or not torch.cpu._is_avx512_bf16_supported()):
+            return torch.float32
+        return torch.bfloat16
+
+    def step(
+        self, tokens: torch.Tensor, state: DecoderState, record: list[torch.Tensor] | None = None, logits: bool = True
+    ) -> torch.Tensor:
+        """
+        The next token of every hypothesis, `[B, W]` -> logits of what follows, `[B, W, V]`, in float32.
+
+        Args:
+            record: receives the last layer's cross-attention weights, `[B, H, W, S]`.
+            logits: False spares the output projection (for all tokens of a prefix but the last).
+        """
+        position = state.position
+        if isinstance(position, int):
+            encodings = self._positions(position)[position]
+        else:
+            encodings = self._positions(int(position.max()))[position]  # [B, 1, d_model]
+        state.position = position + 1
+        x = F.embedding(tokens, self.decoder.embed_tokens.weight).float() * self.decoder.embed_scale + encodings
+        state.target.make_room(tokens.numel() // len(state.target.keys[0]))
+        mask = state.target.mask_for_heads()
+        last = len(self.decoder_layers) - 1
+        for index, layer in enumerate(self.decoder_layers):
+            x = layer.forward(x, index, state, mask, record if index == last else None)
+        return self.project(self.decoder_norm(x)) if logits else x
+
+    def _embedded(self, stack: Any, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        embedded = F.embedding(ids, stack.embed_tokens.weight).float() * stack.embed_scale
+        return embedded + stack.embed_positions(position_ids, torch.float32)
+
+    def _positions(self, position: int) -> torch.Tensor:
+        """The decoder's encodings `[L, d_model]` with L above `position`; made for more at a time than are needed."""
+        if position >= len(self.positions):
+            longest = max(64, 2 * position)
+            if self.config.position_embedding_type == "learned":
+                longest = max(position + 1, min(longest, self.config.max_position_embeddings))
+            ids = torch.arange(longest, device=self.device)[None]
+            self.positions = self.decoder.embed_positions(ids, torch.float32)[0]
+        return self.positions
+
+
+def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    return linear.weight.detach(), linear.bias.detach()
+
+
+def _scaled(attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection of queries, with 1 / sqrt(d_k) in it."""
+    weight, bias = _parameters(attention.q_proj)
+    return weight * attention.scaling, bias * attention.scaling
+
+
+def _packed_together(parameters: Iterable[tuple[torch.Tensor, torch.Tensor]], compute_type: str) -> _Linear:
+    weights, biases = zip(*parameters, strict=True)
+    return pack_linear(torch.cat(weights), torch.cat(biases), compute_type)
+
+
+def _norm(norm: nn.Module) -> _Linear:
+    if isinstance(norm, nn.Identity):
+        return lambda x: x
+    assert isinstance(norm, nn.LayerNorm)
+    shape, eps = list(norm.normalized_shape), norm.eps
+    weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+# A packed copy for each model and compute type, with the state of the weights that it was made from.
+_PACKED: WeakKeyDictionary[PreTrainedModel, dict[str, tuple[Any, PackedTransformer]]] = WeakKeyDictionary()
+
+
+def packed(model: PreTrainedModel, compute_type: str) -> PackedTransformer:
+    """The model's packed weights, made at the first use and again after the weights have changed."""
+    known = _PACKED.setdefault(model, {})
+    weights = _fingerprint(parameters_of_plain_modules(model) or [])
+    if compute_type not in known or known[compute_type][0] != weights:
+        known.pop(compute_type, None)
+        known[compute_type] = (weights, PackedTransformer(model, compute_type))
+    return known[compute_type][1]
+
+
+def _fingerprint(parameters: list[torch.Tensor]) -> Any:
+    """Tells whether weights have changed: by torch's count of changes, and for what avoids it by their last values."""
+    last = torch.stack([parameter.detach().view(-1)[-1] for parameter in parameters])
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters], last.tolist()
+
+
+def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | None:
+    """
+    The model's parameters, if `PackedTransformer` computes what the model does: if all that holds weights is torch's
+    own, on one device, in one dtype that is packed; else None. Tied ones come as often as they are used.
+    """
+    positions = (model.model.encoder.embed_positions, model.model.decoder.embed_positions)
+    parameters: list[Any] = []
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):  # accelerate moves its weights at each call
+            return None
+        if own := module._parameters:
+            if type(module) not in _PLAIN and module not in positions:
+                return None
+            parameters += own.values()
+    if any(type(parameter) is not nn.Parameter for parameter in parameters):
+        return None
+    first = parameters[0]
+    alike = all(each.device == first.device and each.dtype == first.dtype for each in parameters)
+    return parameters if alike and first.dtype in _PACKED_DTYPES else None
+
+
+def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> str:
+    """
+    What to compute in: as asked for; under autocast, autocast's dtype; else the model's own.
+
+    Raises:
+        ValueError: there is no such type, or this machine cannot compute in it.
+    """
+    device = model.lm_head.weight.device.type
+    if compute_type is None:
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else model.lm_head.weight.dtype
+        if device == "cpu" and dtype == torch.float16:
+            dtype = torch.float32  # few CPUs compute in float16
+        return str(dtype).removeprefix("torch.")
+    if compute_type not in COMPUTE_TYPES:
+        raise ValueError(
+            f"compute_type={compute_type!r}: there is no such type; take one of {', '.join(COMPUTE_TYPES)}"
+        )
+    if compute_type == "int8" and (device != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines):
+        raise ValueError(
+            f"compute_type='int8' needs an x86 CPU (FBGEMM), and this model is on {device!r}, where torch has "
+            f"{', '.join(torch.backends.quantized.supported_engines)}: take 'bfloat16'"
+        )
+    return compute_type

@@ -1,0 +1,349 @@
+"""Text in, text out: the `translation` task for transformers' `pipeline()`, which transformers 5 has dropped.
+
+The model was trained on sentences. So a text is split into its sentences, they are translated in batches of similar
+length, and their translations are put together with the text's own white space.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Pipeline, TextIteratorStreamer
+
+
+# Of a generator or a dataset, so many batches of sentences are read ahead, to be sorted by their length.
+READ_AHEAD = 16
+# What generate() takes with an entry for each row, and rows are this pipeline's own affair.
+BY_ROW = ("decoder_input_ids", "decoder_attention_mask", "required_phrases", "forbidden_phrases")
+
+# Unicode's Sentence_Terminal that end a sentence wherever they stand: Chinese and Japanese, Devanagari, Arabic,
+# Urdu, Armenian, Syriac, N'Ko, Ethiopic, Khmer, Myanmar, Mongolian.
+UNSPACED = "。｡！？﹖﹗।॥\u061f\u061e\u06d4։\u0700\u0701\u0702\u07f9።፧፨។៕။᠃᠉"
+# These do so before white space only, as they also stand in numbers and names, ...
+TERMINATORS = ".!?‼‽⁇⁈⁉．﹒" + UNSPACED
+# ... and with these between.
+CLOSING = "\"'’”»«“›‹)]}」』】〉》）］｝｠｣〕〗〙〛"
+OPENING = "\"'‘’“”„‚«»‹›([{¿¡「『"
+# A sentence does not begin with these (rule SB8a of UAX #29), nor with what closes.
+CONTINUING = ",;:-–—،、，；：)]}»›" + TERMINATORS
+NO_BREAK_SPACES = "\u00a0\u2007\u202f"
+# A word with its punctuation, or a stretch of unspaced text up to the end of a sentence; and the white space after it.
+_FULL_STOP = rf"(?:[{UNSPACED}]|[．﹒](?!\d))"
+_WORD = re.compile(rf"(\S*?{_FULL_STOP}++(?![{re.escape(TERMINATORS + CLOSING)}])|\S+)(\s*)")
+_LINE_BREAK = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
+# The full stop of these ends no sentence, though a capital letter follows: initials, ordinals, titles and the like. Two
+# sentences in one do less harm than one cut in two, but the list needs not be complete.
+_ABBREVIATION = re.compile(
+    r"""(?:[^\W\d_]\.)*[^\W\d_] | \d{1,2}
+    | Mr|Mrs|Ms|Mx|Dr|Prof|St|Mt|Gen|Col|Capt|Lt|Sgt|Rev|Hon|Gov|Sen|Rep|Fig|vs  # English
+    | Hr|Fr|Frl|Nr|Abs|bzw|ca|Mme|Mlle|Mgr|Sr|Sra|Srta|Ing|Sig|Dhr|Mevr          # other languages
+    """,
+    re.VERBOSE,
+)
+
+
+def split_sentences(text: str) -> list[tuple[str, str]]:
+    """
+    The sentences of a text, each with the white space that follows it.
+
+    A sentence ends at a line break; after `.`, `!`, `?` and closing quotes and brackets where white space follows, but
+    not before a small letter, nor after an initial, an abbreviation with inner full stops, a number of one or two
+    digits (`3. März`) or a title; and after the full stops of scripts that put no space behind them. This is the
+    sentence boundary of Unicode's UAX #29, made more careful of abbreviations. No-break spaces end nothing.
+
+    Returns:
+        Sentence and white space in turns: their concatenation is the text. White space that the text begins with
+        follows an empty sentence; no other sentence is empty.
+    """
+    start = len(text) - len(text.lstrip())
+    pieces = [("", text[:start])] if start else []
+    for match in _WORD.finditer(text, start):
+        word, space = match.groups()
+        following = text[match.end() : match.end() + 1]
+        if not following or _ends_sentence(word, space, following):
+            pieces.append((text[start : match.end(1)], space))
+            start = match.end()
+    return pieces
+
+
+def _ends_sentence(word: str, space: str, following: str) -> bool:
+    """Whether a sentence ends with this word, the white space after it, and the first character after that."""
+    if not space or _LINE_BREAK.search(space):
+        return True
+    # Georgian has no capital letters, though Unicode has its letters as small ones.
+    continues = following in CONTINUING or (following.islower() and not "\u10d0" <= following <= "\u10ff")
+    word = word.rstrip(CLOSING)
+    if continues or space[0] in NO_BREAK_SPACES or not word.endswith(tuple(TERMINATORS)):
+        return False
+    if not word.endswith(".") or word.endswith(".."):
+        return True
+    return not _ABBREVIATION.fullmatch(word[:-1].lstrip(OPENING))
+
+
+def _without_splitting(text: str) -> list[tuple[str, str]]:
+    """The same for a text that is one sentence."""
+    sentence = text.strip()
+    if not sentence:
+        return [("", text)] if text else []
+    before, _, after = text.partition(sentence)
+    return [("", before), (sentence, after)] if before else [(sentence, after)]
+
+
+def _space_after(translation: str, space: str) -> str:
+    """The white space before the next sentence: a blank where the source needed none, and the translation needs one."""
+    if space or not translation or translation.rstrip(CLOSING).endswith(tuple(UNSPACED)):
+        return space
+    return " "
+
+
+class TranslationPipeline(Pipeline):
+    """
+    Translates texts of any length: `pipeline("translation", model=...)`.
+
+    A call takes a string, a list of strings, or a generator, a column of a dataset or a torch `Dataset` of strings, and
+    returns what the translation pipeline of transformers 4 returned: for a string, a list with one dictionary, whose
+    `translation_text` is the translation; for a list, a list of dictionaries; for the others, an iterator that yields
+    as for a string, and reads ahead as far as it takes to fill 16 batches. Sentences of all inputs are sorted by their
+    length and translated together. White space stays as it was, and text that is nothing else too.
+
+    Each of these can be given to a call, and to `pipeline()` as the default for all calls:
+        split_sentences (`bool`): False translates each text as one sentence. Default: True.
+        batch_tokens (`int`): source tokens, padding included, of sentences translated together; a longer sentence is
+            translated alone. It is there in place of `batch_size`. Default: 4096.
+        return_scores (`bool`): adds `score`, the sum of generate()'s `sequences_scores` over a text's sentences, for
+            which it must search with more than one beam. Default: False.
+        num_return_sequences (`int`): for more than one, each input gives a list of its best translations. The second
+            best joins the second best of each sentence, and so on.
+        All other arguments of `generate()`, but those that have an entry for each row (`decoder_input_ids`,
+            `required_phrases`, `forbidden_phrases`).
+
+    Raises:
+        ValueError: a sentence is longer than learned positions reach, or an option does not fit.
+        TypeError: an input is no string.
+    """
+
+    _load_tokenizer = True
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _pipeline_calls_generate = True
+
+    def __call__(self, inputs: str | Iterable[str], **options: Any) -> list | Iterator:
+        # Chat templates are looked for in the first element.
+        if inputs == []:
+            return []
+        if isinstance(inputs, tuple):
+            inputs = list(inputs)
+        elif isinstance(inputs, Iterable) and not isinstance(inputs, str | list | dict | Dataset):
+            # The base class knows generators, but no columns of `datasets`.
+            inputs = (text for text in inputs)
+        results = super().__call__(inputs, **options)
+        if isinstance(inputs, list) and all(len(best) == 1 for best in results):
+            return [best[0] for best in results]
+        return results
+
+    def stream(self, text: str, **options: Any) -> Iterator[str]:
+        """
+        Yields the translation of a text in pieces, while it is decoded: greedily, or by sampling.
+
+        Args:
+            text: one text of any length.
+            options: as for a call, without `num_beams` and what needs it.
+
+        Raises:
+            ValueError: `num_beams` is not 1, or as in a call.
+        """
+        if options.get("num_beams", 1) != 1:
+            raise ValueError(f"num_beams={options['num_beams']}: only one beam can be streamed, leave num_beams out")
+        preprocess_params, options, _ = self._sanitize_parameters(**options)
+        options = {**self._forward_params, **options}
+        options.pop("batch_tokens", None)
+        prepared = self._prepared(text, 1, {**self._preprocess_params, **preprocess_params})
+        rows = iter(prepared["input_ids"])
+        for number, (sentence, space) in enumerate(prepared["pieces"], start=1):
+            translation = ""
+            for piece in self._stream_sentence(next(rows), options) if sentence else ():
+                translation += piece
+                yield piece
+            if number < len(prepared["pieces"]):
+                space = _space_after(translation, space)
+            if space:
+                yield space
+
+    def _stream_sentence(self, ids: list[int], options: dict) -> Iterator[str]:
+        """Decodes one sentence in a thread of its own, and yields what it hands out."""
+        batch = self.tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
+        streamer = _CharacterStreamer(self.tokenizer, skip_special_tokens=True)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            decoding = pool.submit(self.forward, batch, streamer=streamer, **options)
+            # After an error too, or the loop below would wait forever.
+            decoding.add_done_callback(lambda _: streamer.end())
+            yield from filter(None, streamer)
+            decoding.result()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Saves model and tokenizer, and this file beside them, so that `pipeline(model=..., trust_remote_code=True)`
+        finds the task where the package is not installed. The model's own code comes with it after
+        `register_for_auto_class()` of its class and its config.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        # A checkpoint of the same model, saved without the code, must not ask for it.
+        vars(self.model.config).pop("custom_pipelines", None)
+
+    def _sanitize_parameters(
+        self,
+        split_sentences: bool | None = None,
+        batch_tokens: int | None = None,
+        return_scores: bool | None = None,
+        **generate_options: Any,
+    ) -> tuple[dict, dict, dict]:
+        """Sorts the options by the stage that takes them."""
+        for name in BY_ROW:
+            if name in generate_options:
+                raise ValueError(
+                    f"{name} has an entry for each row, but the pipeline makes its own rows of the sentences: call "
+                    "generate() of the model"
+                )
+        preprocess_params = {} if split_sentences is None else {"split": split_sentences}
+        own = {"batch_tokens": batch_tokens, "return_scores": return_scores}
+        own = {name: value for name, value in own.items() if value is not None}
+        return preprocess_params, {**own, **generate_options}, {}
+
+    def run_single(self, inputs: str, preprocess_params: dict, forward_params: dict, postprocess_params: dict) -> list:
+        """The translations of one text."""
+        (best,) = self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params)
+        return best
+
+    def get_iterator(
+        self,
+        inputs: Iterable[str],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator[list[dict]]:
+        """Yields the translations of each text, in the order of the texts: of a list, all are read at once."""
+        if batch_size != 1:
+            raise ValueError(f"batch_size={batch_size}: batches are bounded by tokens, give batch_tokens in its place")
+        options = dict(forward_params)
+        batch_tokens = options.pop("batch_tokens", 4096)
+        most = math.inf if isinstance(inputs, list) else READ_AHEAD * batch_tokens
+        if isinstance(inputs, Dataset):
+            inputs = DataLoader(inputs, batch_size=None, num_workers=num_workers)
+        read, tokens = [], 0
+        for number, text in enumerate(inputs, start=1):
+            read.append(self._prepared(text, number, preprocess_params))
+            tokens += sum(map(len, read[-1]["input_ids"]))
+            if tokens >= most:
+                yield from self._translations(read, batch_tokens, options)
+                read, tokens = [], 0
+        yield from self._translations(read, batch_tokens, options)
+
+    def _prepared(self, text: str, number: int, preprocess_params: dict) -> dict[str, list]:
+        """`preprocess`, with errors that say which of the texts it is."""
+        if not isinstance(text, str):
+            raise TypeError(
+                f"text {number} is not a string, but of type {type(text).__name__}: of a dataset, give one column, as "
+                'dataset["source"] or KeyDataset(dataset, "source")'
+            )
+        prepared = self.preprocess(text, **preprocess_params)
+        config = self.model.config
+        # Other models can be loaded for this task, and have no such field.
+        if getattr(config, "position_embedding_type", None) == "learned":
+            for sentence, ids in enumerate(prepared["input_ids"], start=1):
+                if len(ids) > config.max_position_embeddings:
+                    raise ValueError(
+                        f"sentence {sentence} of text {number} has {len(ids)} tokens, but the model has learned "
+                        f"positions for max_position_embeddings={config.max_position_embeddings}: split it"
+                    )
+        return prepared
+
+    def preprocess(self, text: str, split: bool = True) -> dict[str, list]:
+        """Sentences with the white space after them (`pieces`), and the tokens of those that are not empty."""
+        pieces = split_sentences(text) if split else _without_splitting(text)
+        sentences = [sentence for sentence, _ in pieces if sentence]
+        ids = self.tokenizer(sentences, return_attention_mask=False)["input_ids"] if sentences else []
+        return {"pieces": pieces, "input_ids": ids}
+
+    def _translations(self, texts: list[dict], batch_tokens: int, options: dict) -> Iterator[list[dict]]:
+        """Translates the sentences of prepared texts, the longest first, and yields the best of each text."""
+        rows = [ids for text in texts for ids in text["input_ids"]]
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        best: list[list[tuple[str, float]]] = [[] for _ in rows]
+        start = 0
+        while start < len(order):
+            batch = order[start : start + max(1, batch_tokens // len(rows[order[start]]))]
+            start += len(batch)
+            padded = self.tokenizer.pad({"input_ids": [rows[row] for row in batch]}, return_tensors="pt")
+            outputs = self.forward(padded, **options)
+            translations = self.tokenizer.batch_decode(outputs["sequences"], skip_special_tokens=True)
+            count = len(translations) // len(batch)
+            for i, scored in enumerate(zip(translations, outputs["scores"].tolist(), strict=True)):
+                best[batch[i // count]].append(scored)
+
+        generation = self._get_set_generation_params(self._prepare_generate_kwargs(options))
+        count = generation.get("num_return_sequences") or 1
+        return_scores = options.get("return_scores", False)
+        translated = iter(best)
+        for text in texts:
+            sentences = [next(translated) for _ in text["input_ids"]]
+            yield self.postprocess({"pieces": text["pieces"], "best": sentences}, count, return_scores)
+
+    def _forward(
+        self, batch: dict, return_scores: bool = False, streamer: TextIteratorStreamer | None = None, **options: Any
+    ) -> dict[str, torch.Tensor]:
+        """The `sequences` that generate() returns, and their `scores` (zeros, if they are not asked for)."""
+        overrides: dict[str, Any] = {"return_dict_in_generate": return_scores}
+        if streamer is not None:
+            overrides["num_beams"] = 1
+        outputs = self.model.generate(**batch, streamer=streamer, **self._prepare_generate_kwargs(options, **overrides))
+        if not return_scores:
+            return {"sequences": outputs, "scores": torch.zeros(len(outputs))}
+        if outputs.get("sequences_scores") is None:
+            raise ValueError(
+                "return_scores=True, but generate() returns no sequences_scores: raise num_beams above 1 (where "
+                "transformers' own search decodes, it needs output_scores=True as well)"
+            )
+        return {"sequences": outputs.sequences, "scores": outputs.sequences_scores}
+
+    def postprocess(self, translated: dict[str, list], count: int = 1, return_scores: bool = False) -> list[dict]:
+        """Joins the best translation of each sentence, then the second best, and so on: `count` dictionaries."""
+        pieces, best = translated["pieces"], translated["best"]
+        records = []
+        for rank in range(count):
+            sentences = iter(best)
+            text = ""
+            for number, (sentence, space) in enumerate(pieces, start=1):
+                translation = next(sentences)[rank][0] if sentence else ""
+                text += translation + (_space_after(translation, space) if number < len(pieces) else space)
+            record: dict[str, Any] = {"translation_text": text}
+            if return_scores:
+                record["score"] = math.fsum(of[rank][1] for of in best)
+            records.append(record)
+        return records
+
+
+class _CharacterStreamer(TextIteratorStreamer):
+    """
+    Hands out text as soon as its last character is whole.
+
+    transformers' own waits for the next blank, which many scripts do not have, and decodes anew after a line feed,
+    which loses a blank.
+    """
+
+    print_len: int
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the next tokens of the only row."""
+        self.token_cache.extend(value.flatten().tolist())
+        text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
+        if not text.endswith("\ufffd"):
+            self.on_finalized_text(text[self.print_len :])
+            self.print_len = len(text)

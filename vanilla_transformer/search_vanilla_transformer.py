@@ -1,0 +1,560 @@
+"""Beam search, greedy search and sampling on packed networks: what `generate()` runs, with transformers' results.
+
+The arithmetic is that of transformers' loops (`GenerationMixin._beam_search`, `_sample`), ties and all. Left out is
+what costs them most: a copy of everything for each beam, caches reordered at every step, and sentences that are
+computed long after they have ended. Sizes: B sentences, W beams, K candidates, S source and T target tokens,
+V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateEncoderDecoderOutput,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import logits_process as processing
+
+from .constraints_vanilla_transformer import RequiredPhrases
+from .inference_vanilla_transformer import DecoderState, PackedTransformer
+
+
+# As transformers has it: the score of what must never be chosen.
+NEVER = -1.0e9
+
+# These look at each row of scores by itself, so that sentences may leave the batch.
+ROW_BY_ROW = (
+    processing.NoBadWordsLogitsProcessor,
+    processing.NoRepeatNGramLogitsProcessor,
+    processing.ForcedBOSTokenLogitsProcessor,
+    processing.ForcedEOSTokenLogitsProcessor,
+    processing.SuppressTokensLogitsProcessor,
+    processing.SuppressTokensAtBeginLogitsProcessor,
+    processing.ExponentialDecayLengthPenalty,
+    processing.InfNanRemoveLogitsProcessor,
+    processing.LogitNormalization,
+)
+MINIMUM_LENGTH = (processing.MinLengthLogitsProcessor, processing.MinNewTokensLengthLogitsProcessor)
+
+
+class Options(NamedTuple):
+    """What our searches offer beyond transformers'. See `VanillaTransformerGenerationMixin.generate`."""
+
+    length_penalty_form: str = "power"
+    coverage_penalty: float = 0.0
+    required: RequiredPhrases | None = None
+
+    def length_penalty(self, length: int, exponent: float) -> float:
+        """What the log-probability of `length` tokens is divided by."""
+        return ((5 + length) / 6) ** exponent if self.length_penalty_form == "gnmt" else float(length) ** exponent
+
+
+class SearchJob(NamedTuple):
+    """What transformers has prepared for a search."""
+
+    engines: list[PackedTransformer]
+    memories: list[torch.Tensor]  # [B, S, d_model] each
+    source_mask: torch.Tensor | None  # [B, S]
+    input_ids: torch.Tensor  # [B, T]
+    prefix_mask: torch.Tensor | None  # [B, T]
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    streamer: Any
+    options: Options
+
+    @property
+    def minimum_length(self) -> int | None:
+        """Tokens, prefix included, before which no output may end, if that is all that processors ask for."""
+        if any(type(processor) not in MINIMUM_LENGTH for processor in self.processors):
+            return None
+        lengths = [0]
+        for processor in self.processors:
+            if isinstance(processor, processing.MinLengthLogitsProcessor):
+                lengths.append(processor.min_length)
+            else:
+                lengths.append(processor.prompt_length_to_skip + processor.min_new_tokens)
+        return max(lengths)
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether outputs end only by an end-of-sentence token or their length."""
+        return all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in self.criteria)
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether sentences that have ended may leave the batch unnoticed."""
+        rows = all(type(processor) in ROW_BY_ROW + MINIMUM_LENGTH for processor in self.processors)
+        watched = self.config.output_scores or self.config.output_logits or self.streamer is not None
+        return rows and self.ends_by_itself and not watched and not self.config.do_sample and not self.options.required
+
+
+class _Decoder:
+    """All models of an ensemble, step by step; `width` beams, or independent outputs, of each sentence."""
+
+    def __init__(self, job: SearchJob, width: int, beams: bool):
+        prefix, prefix_mask = job.input_ids, job.prefix_mask
+        padded = prefix_mask is not None and not bool(prefix_mask.all())
+        self.engines = job.engines
+        self.sentences = len(prefix)
+        self.states: list[DecoderState] = [
+            engine.start(memory, job.source_mask, width, beams, padded)
+            for engine, memory in zip(job.engines, job.memories, strict=True)
+        ]
+        self.attended: torch.Tensor | None = None  # the sum over target tokens, [B, W, S]
+        self.watch_source = bool(job.options.coverage_penalty)
+        self._read_prefix(prefix, prefix_mask if padded else None, 1 if beams else width)
+
+    def _read_prefix(self, prefix: torch.Tensor, mask: torch.Tensor | None, width: int) -> None:
+        for column in range(prefix.shape[1] - 1):
+            tokens = prefix[:, column, None].expand(-1, width)
+            padding = None if mask is None else mask[:, column] == 0
+            for engine, state in zip(self.engines, self.states, strict=True):
+                position = state.position
+                engine.step(tokens, state, logits=False)
+                if padding is not None:
+                    state.target.hide_last(padding.repeat_interleave(len(state.target.keys[0]) // self.sentences))
+                    state.position = position + (~padding)[:, None].long()
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[B, W]` -> logits `[B, W, V]`; of an ensemble, the logarithm of the mean of its probabilities."""
+        record: list[torch.Tensor] | None = [] if self.watch_source else None
+        logits = [engine.step(tokens, state, record) for engine, state in zip(self.engines, self.states, strict=True)]
+        if record:
+            # A sentence's models may differ in heads, so each is averaged by itself first.
+            now = torch.stack([weights.mean(dim=1) for weights in record]).mean(dim=0)  # [B, W, S]
+            self.attended = now if self.attended is None else self.attended + now
+        if len(logits) == 1:
+            return logits[0]
+        mean = torch.stack([each.softmax(dim=-1) for each in logits]).mean(dim=0)
+        return mean.log()
+
+    def move_beams(self, parents: torch.Tensor) -> None:
+        """Each hypothesis becomes a child of the one that `parents` `[B, W]` names."""
+        for state in self.states:
+            state.target.move_beams(parents)
+        if self.attended is not None:
+            self.attended = self.attended.gather(1, parents[:, :, None].expand(-1, -1, self.attended.shape[2]))
+
+    def keep(self, sentences: torch.Tensor) -> None:
+        """Drops all sentences but those named."""
+        for state in self.states:
+            state.keep(sentences)
+        if self.attended is not None:
+            self.attended = self.attended[sentences]
+        self.sentences = len(sentences)
+
+
+def _worth_leaving(finished: int, sentences: int) -> bool:
+    # Dropping sentences copies the caches of the others: that costs what an eighth of the batch does in a few steps.
+    return finished * 8 >= sentences
+
+
+def search_rows(job: SearchJob) -> torch.Tensor | GenerateEncoderDecoderOutput:
+    """Greedy search, or sampling `num_return_sequences` outputs of each sentence (transformers: `_sample`)."""
+    config, width = job.config, job.config.num_return_sequences
+    pad, eos = config._pad_token_tensor, config._eos_token_tensor
+    ids = job.input_ids.repeat_interleave(width, dim=0)  # [B * W, T]
+    outputs = ids.new_full((len(ids), config.max_length), int(pad) if pad is not None else 0)
+    outputs[:, : ids.shape[1]] = ids
+    rows = torch.arange(len(ids), device=ids.device)  # where each row of the batch stands in `outputs`
+    unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    decoder, minimum = _Decoder(job, width, beams=False), job.minimum_length
+    scores: list[torch.Tensor] = []
+    logits_seen: list[torch.Tensor] = []
+    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in job.criteria)
+    length = ids.shape[1]
+    while True:
+        # 1. score what may follow
+        logits = decoder.step(ids[:, -1].view(-1, width)).flatten(0, 1)  # [B * W, V]
+        if config.output_logits:
+            logits_seen.append(logits.clone())
+        logits = _processed(logits, ids, job, minimum)
+        if config.output_scores:
+            scores.append(logits.clone())
+        # 2. choose
+        if config.do_sample:
+            chosen = torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            chosen = logits.argmax(dim=-1)
+        if has_eos:
+            chosen = torch.where(unfinished, chosen, pad)
+        ids = torch.cat([ids, chosen[:, None]], dim=1)
+        outputs[rows, length] = chosen
+        length += 1
+        if job.streamer is not None:
+            job.streamer.put(chosen.cpu())
+        # 3. end
+        if job.ends_by_itself:
+            if eos is not None:
+                unfinished &= torch.isin(chosen, eos, invert=True)
+            if length >= config.max_length:
+                break
+        else:
+            unfinished &= ~job.criteria(ids, tuple(scores) if config.output_scores else None)
+        remaining = int(unfinished.sum())
+        if remaining == 0:
+            break
+        if width == 1 and job.may_leave and _worth_leaving(len(rows) - remaining, len(rows)):
+            kept = unfinished.nonzero().squeeze(1)
+            if len(kept) < len(rows):
+                decoder.keep(kept)
+                rows, ids, unfinished = rows[kept], ids[kept], unfinished[kept]
+
+    if job.streamer is not None:
+        job.streamer.end()
+    outputs = outputs[:, :length]
+    if not config.return_dict_in_generate:
+        return outputs
+    return GenerateEncoderDecoderOutput(
+        sequences=outputs,
+        scores=tuple(scores) if config.output_scores else None,
+        logits=tuple(logits_seen) if config.output_logits else None,
+    )
+
+
+def _processed(scores: torch.Tensor, ids: torch.Tensor, job: SearchJob, minimum: int | None) -> torch.Tensor:
+    """Scores `[rows, V]` after the processors; a mere minimum length is kept without the copies that they make."""
+    if minimum is None:
+        return job.processors(ids.clone(), scores)
+    if ids.shape[1] < minimum and job.config._eos_token_tensor is not None:
+        scores.index_fill_(1, job.config._eos_token_tensor, float("-inf"))
+    return scores
+
+
+# Below this the ordinary top-k is as fast.
+_CHUNKED_VOCABULARY, _CHUNK = 2048, 64
+
+
+def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `torch.topk` over the last dimension, `[rows, V]` -> values and indices `[rows, k]`, for k much smaller than V.
+
+    Only the k chunks of a row with the highest maxima can hold its k highest values, and maxima are cheap.
+    """
+    vocabulary = scores.shape[1]
+    if vocabulary < max(_CHUNKED_VOCABULARY, 4 * k * _CHUNK):
+        return scores.topk(min(k, vocabulary))
+    even = vocabulary // _CHUNK * _CHUNK
+    chunks = scores[:, :even].unflatten(1, (-1, _CHUNK))  # [rows, chunks, 64]
+    best = chunks.amax(dim=2).topk(k).indices  # [rows, k]
+    inside = torch.arange(_CHUNK, device=scores.device)
+    indices = (best[:, :, None] * _CHUNK + inside).flatten(1)  # [rows, k * 64]
+    tail = torch.arange(even, vocabulary, device=scores.device).expand(len(scores), -1)
+    indices = torch.cat([indices, tail], dim=1)
+    values, places = scores.gather(1, indices).topk(k)
+    return values, indices.gather(1, places)
+
+
+class _Candidates(NamedTuple):
+    """What may follow: log-probability of the whole, the beam it continues, and the token. Each `[rows, K]`."""
+
+    scores: torch.Tensor
+    parents: torch.Tensor
+    tokens: torch.Tensor
+
+    def take(self, places: torch.Tensor) -> "_Candidates":
+        """Those at `[rows, n]`."""
+        return _Candidates(*(field.gather(1, places) for field in self))
+
+
+def _continuations(log_probs: torch.Tensor, scores: torch.Tensor, k: int, do_sample: bool) -> _Candidates:
+    """The K likeliest of all tokens after all beams, or a sample: `[rows, W, V]` and the beams' `[rows, W]`."""
+    rows, width, vocabulary = log_probs.shape
+    if do_sample:
+        total = (log_probs + scores[:, :, None]).flatten(1)
+        indices = torch.multinomial(total.softmax(dim=-1), num_samples=k)
+        return _Candidates(total.gather(1, indices), indices // vocabulary, indices % vocabulary)
+    values, tokens = top_of_rows(log_probs.flatten(0, 1), k)
+    values, tokens = values.view(rows, width, -1) + scores[:, :, None], tokens.view(rows, -1)
+    per_beam = values.shape[2]
+    best, places = values.flatten(1).topk(k)
+    return _Candidates(best, places // per_beam, tokens.gather(1, places))
+
+
+class _Beams:
+    """
+    The state of a beam search: running hypotheses and finished ones, `w` of each in every row. A row is a sentence, or
+    a group of a sentence's beams (diverse beam search). The arithmetic, ties and all, is transformers' `_beam_search`.
+    """
+
+    def __init__(self, job: SearchJob):
+        config, ids = job.config, job.input_ids
+        self.job, self.config = job, config
+        self.groups = config.num_beam_groups or 1
+        if config.num_beams % self.groups:
+            raise ValueError(f"num_beams={config.num_beams} cannot be divided into num_beam_groups={self.groups}")
+        self.width = config.num_beams // self.groups
+        self.prefix_length = self.length = ids.shape[1]
+        eos = config._eos_token_tensor
+        self.eos = eos
+        self.k = max(2, 1 + (len(eos) if eos is not None else 0)) * self.width
+        fill = (config._pad_token_tensor or eos[0]) if eos is not None else -1
+        rows = len(ids) * self.groups
+        empty = ids.new_full((rows, self.width, config.max_length), int(fill))
+        empty[:, :, : self.length] = ids.repeat_interleave(self.groups, dim=0)[:, None]
+
+        self.running = empty[:, :, : self.length].clone()
+        self.scores = torch.zeros(rows, self.width, device=ids.device)
+        # So that only the first beam is continued at first: they are all the same.
+        self.scores[:, 1:] = NEVER
+        # For each row and step, the beam of the batch that it continued; kept only if it is to be told.
+        self.lineage = ids.new_empty(rows, self.width, 0, dtype=torch.int32) if config.return_dict_in_generate else None
+
+        self.finished = empty
+        self.finished_scores = torch.full_like(self.scores, NEVER)
+        self.finished_lengths = torch.full((rows, self.width), self.length, device=ids.device)
+        self.is_finished = torch.zeros(rows, self.width, dtype=torch.bool, device=ids.device)
+        self.finished_lineage = None
+        if self.lineage is not None:
+            steps = config.max_length - self.length
+            self.finished_lineage = ids.new_full((rows, self.width, steps), -1, dtype=torch.int32)
+        # Whether the running hypotheses of a row may still become better than its finished ones.
+        self.improvable = torch.ones(rows, 1, dtype=torch.bool, device=ids.device)
+        self.is_done = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+        self.sentences = torch.arange(len(ids), device=ids.device)
+
+    def grow(self, log_probs: torch.Tensor, attended: torch.Tensor | None, scores_so_far: Any) -> torch.Tensor:
+        """
+        One step: continues, ends and drops hypotheses by `log_probs` `[B, W, V]` of their next tokens.
+
+        Returns:
+            The beams that the new running hypotheses continue, `[B, W]`. Their tokens end `self.running`.
+        """
+        if self.groups == 1:
+            candidates = self._candidates(log_probs, self.scores)
+        else:
+            candidates = self._diverse_candidates(log_probs)
+        ends = self._ends(candidates, scores_so_far)
+        chosen = candidates._replace(scores=candidates.scores + ends * NEVER)
+        chosen = chosen.take(chosen.scores.topk(self.width).indices)
+        if ends[:, : self.width].any():
+            self._finish(candidates, ends, attended)
+        if self.job.options.required is not None:
+            self.job.options.required.advance(chosen.parents, chosen.tokens)
+        self.scores = chosen.scores
+        self.running = self._continued(self.running, chosen, chosen.tokens)
+        if self.lineage is not None:
+            self.lineage = self._continued(self.lineage, chosen, self._beams_of_batch(chosen.parents))
+        self.length += 1
+        self._judge(ends)
+        return self._beams_of_sentence(chosen.parents)
+
+    def _candidates(self, log_probs: torch.Tensor, scores: torch.Tensor) -> _Candidates:
+        if self.job.options.required is not None:
+            is_last = self.length + 1 >= self.config.max_length
+            return _Candidates(*self.job.options.required.candidates(log_probs, scores, self.k, self.eos, is_last))
+        return _continuations(log_probs, scores, self.k, self.config.do_sample)
+
+    def _diverse_candidates(self, log_probs: torch.Tensor) -> _Candidates:
+        """Each group pays for the tokens that the groups before it have chosen in this step (Vijayakumar et al.)."""
+        sentences, _, vocabulary = log_probs.shape
+        log_probs = log_probs.view(sentences, self.groups, self.width, vocabulary)
+        scores = self.scores.view(sentences, self.groups, self.width)
+        chosen_before = log_probs.new_zeros(sentences, vocabulary)
+        found = []
+        for group in range(self.groups):
+            penalised = log_probs[:, group] - self.config.diversity_penalty * chosen_before[:, None]
+            candidates = _continuations(penalised, scores[:, group], self.k, do_sample=False)
+            ends = self._is_eos(candidates.tokens) * NEVER
+            tokens = candidates.tokens.gather(1, (candidates.scores + ends).topk(self.width).indices)
+            chosen_before.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=chosen_before.dtype))
+            found.append(candidates)
+        fields = zip(*found, strict=True)
+        return _Candidates(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
+
+    def _is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.isin(tokens, self.eos) if self.eos is not None else torch.zeros_like(tokens, dtype=torch.bool)
+
+    def _ends(self, candidates: _Candidates, scores_so_far: Any) -> torch.Tensor:
+        """Which candidates end an output, `[rows, K]`."""
+        if self.job.ends_by_itself:
+            if self.length + 1 >= self.config.max_length:
+                return torch.ones_like(candidates.tokens, dtype=torch.bool)
+            return self._is_eos(candidates.tokens)
+        sequences = self._continued(self.running, candidates, candidates.tokens)
+        return self.job.criteria(sequences.flatten(0, 1), scores_so_far).view(candidates.tokens.shape)
+
+    def _continued(self, states: torch.Tensor, candidates: _Candidates, new: torch.Tensor) -> torch.Tensor:
+        """`[rows, W, n]` of the beams that candidates continue, with the candidates' own at the end."""
+        index = candidates.parents[:, :, None].expand(-1, -1, states.shape[2])
+        return torch.cat([states.gather(1, index), new[:, :, None].to(states.dtype)], dim=2)
+
+    def _finish(self, candidates: _Candidates, ends: torch.Tensor, attended: torch.Tensor | None) -> None:
+        """Puts candidates that end among the finished, where they are better."""
+        ends = ends.clone()
+        # Candidates below the first W stand in for those that end; they do not end themselves.
+        ends[:, self.width :] = False
+        new_length = self.length + 1 - self.prefix_length
+        scores = candidates.scores / self.job.options.length_penalty(new_length, self.config.length_penalty)
+        if attended is not None:
+            scores = scores + self._coverage(attended).gather(1, candidates.parents)
+        full = self.is_finished.all(dim=1, keepdim=True) & (self.config.early_stopping is True)
+        scores = scores + (full | ~self.improvable | ~ends) * NEVER
+
+        scores = torch.cat([self.finished_scores, scores], dim=1)
+        self.finished_scores, places = scores.topk(self.width)
+        old = places.clamp(max=self.width - 1)
+        is_new = places >= self.width
+        new = candidates.take((places - self.width).clamp(min=0))
+
+        def merged(finished: torch.Tensor, running: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+            result = finished.gather(1, old[:, :, None].expand(-1, -1, finished.shape[2]))
+            continued = self._continued(running, new, last)
+            size = continued.shape[2]
+            result[:, :, :size] = torch.where(is_new[:, :, None], continued, result[:, :, :size])
+            return result
+
+        self.finished = merged(self.finished, self.running, new.tokens)
+        if self.lineage is not None:
+            assert self.finished_lineage is not None
+            self.finished_lineage = merged(self.finished_lineage, self.lineage, self._beams_of_batch(new.parents))
+        self.finished_lengths = torch.where(is_new, self.length + 1, self.finished_lengths.gather(1, old))
+        new_ends = ends.gather(1, (places - self.width).clamp(min=0))
+        self.is_finished = torch.where(is_new, new_ends, self.is_finished.gather(1, old))
+
+    def _coverage(self, attended: torch.Tensor) -> torch.Tensor:
+        """beta * sum_i log(min(sum_j p_ij, 1)) of each beam, `[rows, w]`. Padding counts nothing."""
+        total = attended.clamp(max=1.0)  # [B, W, S]
+        mask = self.job.source_mask
+        if mask is not None:
+            total = total.masked_fill(mask[self.sentences][:, None] == 0, 1.0)
+        penalty = self.job.options.coverage_penalty * total.clamp(min=1e-10).log().sum(dim=-1)
+        return penalty.expand(-1, self.groups * self.width).reshape(-1, self.width)
+
+    def _judge(self, ends: torch.Tensor) -> None:
+        """Whether the running hypotheses can still improve the outcome (transformers' heuristics, by name)."""
+        config = self.config
+        if self.is_finished.any():
+            new_length = self.length - self.prefix_length
+            if config.early_stopping == "never" and config.length_penalty > 0.0:
+                new_length = config.max_length - self.prefix_length
+            best = self.scores[:, :1] / self.job.options.length_penalty(new_length, config.length_penalty)
+            worst = self.finished_scores.amin(dim=1, keepdim=True)
+            worst = torch.where(self.is_finished, worst, NEVER)
+            self.improvable &= (best > worst).any(dim=-1, keepdim=True)
+        full = self.is_finished.all(dim=1) & (config.early_stopping is True)
+        self.is_done |= ~self.improvable[:, 0] | full | ends.all(dim=1)
+
+    def _beams_of_sentence(self, parents: torch.Tensor) -> torch.Tensor:
+        """Beams of a row `[rows, w]` as beams of their sentence, `[B, W]`."""
+        if self.groups == 1:
+            return parents
+        offsets = torch.arange(self.groups, device=parents.device)[:, None] * self.width
+        return (parents.view(-1, self.groups, self.width) + offsets).flatten(1)
+
+    def _beams_of_batch(self, parents: torch.Tensor) -> torch.Tensor:
+        """Beams of a row `[rows, n]` as transformers counts them, through all sentences that there were."""
+        rows = (self.sentences[:, None] * self.groups + torch.arange(self.groups, device=parents.device)).flatten()
+        return rows[:, None] * self.width + parents
+
+    def done_sentences(self) -> torch.Tensor:
+        """`[B]`, true where all of a sentence's rows are done."""
+        return self.is_done.view(-1, self.groups).all(dim=1)
+
+    def keep(self, sentences: torch.Tensor) -> None:
+        """Drops the sentences that are not named by their row."""
+        rows = (sentences[:, None] * self.groups + torch.arange(self.groups, device=sentences.device)).flatten()
+        for name in _STATES_OF_ROWS:
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[rows])
+        self.sentences = self.sentences[sentences]
+
+    def results(self, sentences: torch.Tensor) -> list[torch.Tensor | None]:
+        """Finished sequences, scores, lengths and lineage, `[sentences, W, ...]`, the best first."""
+        fields = (self.finished, self.finished_scores, self.finished_lengths, self.finished_lineage)
+        own = [None if field is None else field.unflatten(0, (-1, self.groups)).flatten(1, 2) for field in fields]
+        order = own[1].sort(dim=1, descending=True, stable=True).indices  # type: ignore[union-attr]
+        results: list[torch.Tensor | None] = []
+        for field in own:
+            if field is not None:
+                index = order if field.dim() == 2 else order[:, :, None].expand(-1, -1, field.shape[2])
+                field = field.gather(1, index)[sentences]
+            results.append(field)
+        return results
+
+
+_STATES_OF_ROWS = (
+    "running", "scores", "lineage", "finished", "finished_scores", "finished_lengths", "finished_lineage",
+    "is_finished", "improvable", "is_done",
+)  # fmt: skip
+
+
+def search_beams(job: SearchJob) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
+    """Beam search, beam sampling and diverse beam search (transformers: `_beam_search`)."""
+    config, width = job.config, job.config.num_beams
+    beams, decoder, minimum = _Beams(job), _Decoder(job, width, beams=True), job.minimum_length
+    collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
+    scores: list[torch.Tensor] = []
+    logits_seen: list[torch.Tensor] = []
+    buffer = torch.empty(0)
+    # Until the first choice a sentence has one hypothesis.
+    tokens = job.input_ids[:, -1:]
+    while True:
+        # 1. log-probabilities of what may follow
+        logits = decoder.step(tokens)  # [B, 1 or W, V]
+        logits = logits.expand(-1, width, -1).flatten(0, 1)  # [B * W, V]
+        if config.output_logits:
+            logits_seen.append(logits.clone())
+        flat = beams.running.view(len(logits), -1)
+        # Into the same memory at every step: getting it anew takes longer than filling it.
+        buffer = buffer if buffer.shape == logits.shape else torch.empty_like(logits)
+        log_probs = _processed(torch.log_softmax(logits, dim=-1, out=buffer), flat, job, minimum)
+        if config.output_scores:
+            scores.append(log_probs.clone())
+        # 2. choose
+        is_first = tokens.shape[1] == 1
+        log_probs = log_probs.view(-1, width, log_probs.shape[1])
+        parents = beams.grow(log_probs, decoder.attended, tuple(scores) if config.output_scores else None)
+        done = beams.done_sentences()
+        finished = int(done.sum())
+        if finished == len(done):
+            collected.append((beams.sentences, beams.results(torch.arange(len(done), device=done.device))))
+            break
+        # 3. the finished leave, the others go on
+        decoder.move_beams(torch.zeros_like(parents) if is_first and width > 1 else parents)
+        if finished and job.may_leave and _worth_leaving(finished, len(done)):
+            gone, kept = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
+            collected.append((beams.sentences[gone], beams.results(gone)))
+            beams.keep(kept)
+            decoder.keep(kept)
+        tokens = beams.running[:, :, -1].view(-1, width)
+    return _collected(job, collected, scores, logits_seen)
+
+
+def _collected(
+    job: SearchJob,
+    collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]],
+    scores: list[torch.Tensor],
+    logits: list[torch.Tensor],
+) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
+    """The results of all sentences in their first order, cut to the longest, in transformers' form."""
+    config = job.config
+    order = torch.cat([sentences for sentences, _ in collected]).argsort()
+    best = config.num_return_sequences
+
+    def joined(number: int) -> torch.Tensor | None:
+        parts = [results[number] for _, results in collected]
+        if parts[0] is None:
+            return None
+        return torch.cat([part[:, :best] for part in parts if part is not None])[order].flatten(0, 1)
+
+    sequences, sequences_scores, lengths, lineage = (joined(number) for number in range(4))
+    assert sequences is not None
+    assert lengths is not None
+    longest = int(lengths.max())
+    sequences = sequences[:, :longest]
+    if not config.return_dict_in_generate:
+        return sequences
+    assert lineage is not None
+    return GenerateBeamEncoderDecoderOutput(
+        sequences=sequences,
+        sequences_scores=sequences_scores,
+        scores=tuple(scores) if config.output_scores else None,
+        logits=tuple(logits) if config.output_logits else None,
+        beam_indices=lineage[:, : longest - job.input_ids.shape[1]],
+    )

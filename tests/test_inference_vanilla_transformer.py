@@ -17,9 +17,9 @@ from vanilla_transformer.inference_vanilla_transformer import (
     COMPUTE_TYPES,
     PackedTransformer,
     TargetCache,
-    parameters_of_plain_modules,
     pack_linear,
     packed,
+    parameters_of_plain_modules,
 )
 
 

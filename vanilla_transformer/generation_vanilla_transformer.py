@@ -180,6 +180,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             "a streamer for beams": kwargs.get("streamer") is not None and config.num_beams > 1,
             f"the argument {unknown[:1]}": bool(unknown),
             "inputs that are no ids": sentences is None,
+            "a repetition_penalty after a padded prefix": config.repetition_penalty not in (None, 1.0)
+            and model_inputs.get("decoder_attention_mask") is not None,
             "a model in training mode": self.training,
         }
         for reason, present in wanted.items():

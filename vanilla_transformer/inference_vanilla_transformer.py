@@ -27,6 +27,8 @@ COMPUTE_TYPES = ("float32", "bfloat16", "int8")
 
 # The modules whose work is known here. One that something has wrapped (LoRA, quantisation, parallelism) is not.
 _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)
+# The hooks that transformers leaves in a model that was once asked for its attention weights do nothing here.
+_CAPTURING = "transformers.utils.output_capturing"
 _PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -526,7 +528,9 @@ def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | 
     positions = (model.model.encoder.embed_positions, model.model.decoder.embed_positions)
     parameters: list[Any] = []
     for module in model.modules():
-        if hasattr(module, "_hf_hook"):  # accelerate moves its weights at each call
+        # A hook wants the module to be called; accelerate's moves its weights at each call.
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if hasattr(module, "_hf_hook") or any(hook.__module__ != _CAPTURING for hook in hooks):
             return None
         if own := module._parameters:
             if type(module) not in _PLAIN and module not in positions:

@@ -70,8 +70,10 @@ class SearchJob(NamedTuple):
     @property
     def minimum_length(self) -> int | None:
         """Tokens, prefix included, before which no output may end, if that is all that processors ask for."""
-        if any(type(processor) not in MINIMUM_LENGTH for processor in self.processors):
-            return None
+        eos = self.config._eos_token_tensor
+        for processor in self.processors:
+            if type(processor) not in MINIMUM_LENGTH or eos is None or not torch.equal(processor.eos_token_id, eos):
+                return None
         lengths = [0]
         for processor in self.processors:
             if isinstance(processor, processing.MinLengthLogitsProcessor):
@@ -83,7 +85,14 @@ class SearchJob(NamedTuple):
     @property
     def ends_by_itself(self) -> bool:
         """Whether outputs end only by an end-of-sentence token or their length."""
-        return all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in self.criteria)
+        return all(self._is_ordinary(criterion) for criterion in self.criteria)
+
+    def _is_ordinary(self, criterion: Any) -> bool:
+        """Whether a criterion says what the generation config says: a user may have given one of another length."""
+        if type(criterion) is MaxLengthCriteria:
+            return criterion.max_length == self.config.max_length
+        eos = self.config._eos_token_tensor
+        return type(criterion) is EosTokenCriteria and eos is not None and torch.equal(criterion.eos_token_id, eos)
 
     @property
     def may_leave(self) -> bool:

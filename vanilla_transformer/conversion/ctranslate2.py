@@ -107,7 +107,8 @@ class _Converter(Converter):
         _fill(spec.decoder.projection, "lm_head", weights)
         spec.register_source_vocabulary(tokens)
         spec.register_target_vocabulary(tokens)
-        assert isinstance(config.eos_token_id, int) and isinstance(config.decoder_start_token_id, int)
+        assert isinstance(config.eos_token_id, int)
+        assert isinstance(config.decoder_start_token_id, int)
         spec.config.unk_token = UNKNOWN
         spec.config.eos_token = tokens[config.eos_token_id]
         spec.config.decoder_start_token = tokens[config.decoder_start_token_id]

@@ -39,15 +39,17 @@ class ForbiddenPhrases(LogitsProcessor):
 
 
 class Progress(NamedTuple):
-    """How much of a sentence's phrases a hypothesis holds: whole ones by number, and the begin of one more."""
+    """
+    How much of a sentence's phrases a hypothesis holds: whole ones by number, and what it ends with, if that is the
+    begin of others. No token counts for two phrases.
+    """
 
     met: frozenset[int] = frozenset()
-    current: int = -1
-    begun: int = 0
+    begun: tuple[int, ...] = ()
 
     def tokens(self, phrases: Sequence[Phrase]) -> int:
         """How many required tokens it holds."""
-        return sum(len(phrases[number]) for number in self.met) + self.begun
+        return sum(len(phrases[number]) for number in self.met) + len(self.begun)
 
     def is_complete(self, phrases: Sequence[Phrase]) -> bool:
         """Whether it holds all phrases."""
@@ -55,28 +57,32 @@ class Progress(NamedTuple):
 
     def wanted(self, phrases: Sequence[Phrase]) -> set[int]:
         """The tokens that bring it further."""
-        if self.begun:
-            return {phrases[self.current][self.begun]}
-        return {phrase[0] for number, phrase in enumerate(phrases) if number not in self.met}
+        return {phrases[number][len(self.begun)] for number in self._beginning_with(self.begun, phrases)}
 
     def after(self, token: int, phrases: Sequence[Phrase]) -> "Progress":
         """The progress after one more token."""
-        if self.begun:
-            phrase = phrases[self.current]
-            tail = [*phrase[: self.begun], token]
-            # What was begun goes on, or begins again within itself (as Knuth, Morris and Pratt search).
-            for length in range(len(tail), 0, -1):
-                if tail[-length:] == list(phrase[:length]):
-                    return self._with(self.current, length, phrases)
-        for number, phrase in enumerate(phrases):
-            if number not in self.met and phrase[0] == token:
-                return self._with(number, 1, phrases)
+        tail = (*self.begun, token)
+        # What was begun goes on, or its end is the begin of a phrase (as Aho and Corasick search).
+        for start in range(len(tail)):
+            going_on = self._beginning_with(tail[start:], phrases)
+            for number in going_on:
+                if len(phrases[number]) == len(tail) - start:
+                    return Progress(self.met | {number})
+            if going_on:
+                return Progress(self.met, tail[start:])
         return Progress(self.met)
 
-    def _with(self, number: int, length: int, phrases: Sequence[Phrase]) -> "Progress":
-        if length == len(phrases[number]):
-            return Progress(self.met | {number})
-        return Progress(self.met, number, length)
+    def _beginning_with(self, begin: tuple[int, ...], phrases: Sequence[Phrase]) -> list[int]:
+        """The phrases that it lacks and that begin so."""
+        return [
+            number
+            for number, phrase in enumerate(phrases)
+            if number not in self.met and tuple(phrase[: len(begin)]) == begin
+        ]
+
+
+# Beams with less than this stand in for none: there are fewer hypotheses than beams at first.
+_NO_HYPOTHESIS = -5e8
 
 
 class _Candidate(NamedTuple):
@@ -133,7 +139,7 @@ class RequiredPhrases:
             found = [
                 _Candidate(score, beam, token, self.progress[row][beam].after(token, row_phrases))
                 for beam, token in named
-                if (score := float(total[row, beam, token])) > float("-inf")
+                if (score := float(total[row, beam, token])) > _NO_HYPOTHESIS
             ]
             chosen.append(self._chosen(sorted(found, key=lambda each: -each.score), row_phrases, k, ends, is_last))
         fields = torch.tensor(chosen, dtype=torch.float64, device=log_probs.device).unbind(dim=2)  # [B, K, 3]

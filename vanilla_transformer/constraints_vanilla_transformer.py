@@ -128,14 +128,16 @@ class RequiredPhrases:
                 if not progress.is_complete(self.phrases[row]):
                     allowed[row, beam, list(ends)] = float("-inf")
         places = allowed.flatten(1).topk(k).indices
-        likeliest = allowed.argmax(dim=2).tolist()
+        likeliest = allowed.topk(min(self.width, allowed.shape[2]), dim=2).indices.tolist()
         vocabulary = total.shape[2]
         chosen = []
         for row, row_phrases in enumerate(self.phrases):
             named = {(place // vocabulary, place % vocabulary) for place in places[row].tolist()}
             for beam, progress in enumerate(self.progress[row]):
                 named |= {(beam, token) for token in progress.wanted(row_phrases)}
-                named.add((beam, likeliest[row][beam]))
+                # With the last token as many outputs as are asked for should be complete.
+                several = self.width if is_last and progress.is_complete(row_phrases) else 1
+                named |= {(beam, token) for token in likeliest[row][beam][:several]}
             found = [
                 _Candidate(score, beam, token, self.progress[row][beam].after(token, row_phrases))
                 for beam, token in named

@@ -128,6 +128,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             if config.num_beams == 1 or config.do_sample or (config.num_beam_groups or 1) > 1:
                 raise ValueError("required_phrases needs beam search: num_beams above 1, without sampling or groups")
             phrases = _checked_phrases("required_phrases", required_phrases, len(sentences), self.config)
+            _refuse_impossible_phrases(phrases, forbidden_phrases, config.eos_token_id)
             options = options._replace(required=RequiredPhrases(phrases, config.num_beams))
 
         # 3. transformers prepares lengths, prefixes, processors and criteria, and calls this to search
@@ -139,6 +140,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             generation_config: GenerationConfig,
             **model_kwargs: Any,
         ) -> Any:
+            if options.required is not None:
+                _refuse_long_phrases(options.required.phrases, generation_config.max_length - input_ids.shape[1])
             job = SearchJob(
                 engines,
                 memories,
@@ -282,6 +285,29 @@ def _checked_phrases(name: str, phrases: Sequence, sentences: int, config: Any) 
                         f"{name}[{number}] holds the token id {token}; ids go from 0 to {config.decoder_vocab_size - 1}"
                     )
     return [[list(phrase) for phrase in several] for several in phrases]
+
+
+def _refuse_impossible_phrases(required: list[list[list[int]]], forbidden: Any, eos: int | list[int] | None) -> None:
+    ends = eos if isinstance(eos, list) else [eos]
+    for number, phrase in ((number, phrase) for number, several in enumerate(required) for phrase in several):
+        if end := set(ends).intersection(phrase):
+            raise ValueError(f"required_phrases[{number}] holds {phrase} with {end.pop()}, which ends a sentence")
+        for other in forbidden[number] if forbidden is not None else []:
+            places = range(len(phrase) - len(other) + 1)
+            if any(phrase[place : place + len(other)] == list(other) for place in places):
+                raise ValueError(
+                    f"required_phrases[{number}] holds {phrase}, of which forbidden_phrases[{number}] forbids {other}"
+                )
+
+
+def _refuse_long_phrases(required: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> None:
+    for number, several in enumerate(required):
+        tokens = sum(len(phrase) for phrase in several)
+        if several and tokens + 1 > new_tokens:
+            raise ValueError(
+                f"required_phrases[{number}] holds {tokens} tokens, which with the end of the sentence do not fit into "
+                f"{new_tokens} new tokens: raise max_new_tokens or max_length"
+            )
 
 
 def _outside_inference_mode(result: Any) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationMixin
 
-from vanilla_transformer.constraints_vanilla_transformer import Progress
+from vanilla_transformer.constraints_vanilla_transformer import Progress, RequiredPhrases
 
 
 LENGTHS = (7, 4, 1, 6, 3)
@@ -157,6 +157,19 @@ class TestRequired:
         assert torch.equal(ours.sequences, stock.sequences)
         torch.testing.assert_close(ours.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=0)
         assert torch.equal(ours.beam_indices, stock.beam_indices)
+
+    def test_beams_that_stand_for_no_hypothesis_take_the_place_of_none(self):
+        """At first there is one hypothesis: the others' scores are -1e9."""
+        log_probs = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0)).log_softmax(dim=-1)
+        scores = torch.tensor([[0.0, -1e9, -1e9, -1e9]])
+        required = RequiredPhrases([[[5]]], width=4)
+        best, beams, tokens = required.candidates(log_probs, scores, 8, torch.tensor([2]), is_last=False)
+        assert best.max() > -10
+        chosen = {
+            (beam, token) for score, beam, token in zip(best[0], beams[0], tokens[0], strict=True) if score > -1e9
+        }
+        assert len(chosen) == 4
+        assert {int(beam) for beam, _ in chosen} == {0}
 
     def test_neighbours_with_other_phrases_change_nothing(self, model, source):
         phrases = [[[5, 6], [30]], [], [[9]], [[5, 7, 5]], [[11, 12]]]

@@ -149,6 +149,7 @@ WITHOUT_BEAMS = {
     "allowed tokens": {"prefix_allowed_tokens_fn": only_even_tokens},
     "criterion and processor": {**CRITERIA, **PROCESSORS},
     "own maximum": {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(6)])},
+    "own longer maximum": {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(18)])},
     "own end": {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(OTHER_ENDS)])},
     "five ends": {"eos_token_id": [2, *range(20, 24)]},
     "no end": {"eos_token_id": None, "pad_token_id": 0},
@@ -578,9 +579,10 @@ class TestPenalties:
         output = model.generate(
             **batch, **options, num_beams=4, num_return_sequences=2, max_new_tokens=12, return_dict_in_generate=True
         )
-        for number in range(0, len(output.sequences), 3):
-            row = number // 2
-            reference = Reference([model], batch["input_ids"][row : row + 1, : LENGTHS[row]])
+        references = [
+            Reference([model], row[None, :length]) for row, length in zip(batch["input_ids"], LENGTHS, strict=True)
+        ]
+        for number, reference in enumerate(each for each in references for _ in range(2)):
             length = int((output.beam_indices[number] >= 0).sum())
             tokens = tuple(output.sequences[number, : length + 1].tolist())
             assert 2 not in tokens[:-1]

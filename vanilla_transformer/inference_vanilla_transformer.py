@@ -516,7 +516,7 @@ def packed(model: PreTrainedModel, compute_type: str) -> PackedTransformer:
 
 def _fingerprint(parameters: list[torch.Tensor]) -> Any:
     """Tells whether weights have changed: by torch's count of changes, and for what avoids it by their last values."""
-    last = torch.stack([parameter.detach().view(-1)[-1] for parameter in parameters])
+    last = torch.stack([parameter.detach().reshape(-1)[-1] for parameter in parameters])
     return [(parameter.data_ptr(), parameter._version) for parameter in parameters], last.tolist()
 
 

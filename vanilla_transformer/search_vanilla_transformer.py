@@ -168,7 +168,8 @@ def search_rows(job: SearchJob) -> torch.Tensor | GenerateEncoderDecoderOutput:
     config, width = job.config, job.config.num_return_sequences
     pad, eos = config._pad_token_tensor, config._eos_token_tensor
     ids = job.input_ids.repeat_interleave(width, dim=0)  # [B * W, T]
-    outputs = ids.new_full((len(ids), config.max_length), int(pad) if pad is not None else 0)
+    longest = max(config.max_length, job.criteria.max_length or 0)  # a user's criterion may have another length
+    outputs = ids.new_full((len(ids), longest), int(pad) if pad is not None else 0)
     outputs[:, : ids.shape[1]] = ids
     rows = torch.arange(len(ids), device=ids.device)  # where each row of the batch stands in `outputs`
     unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)

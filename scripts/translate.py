@@ -280,12 +280,13 @@ class Parts:
             UserError: it has others, or a process is still writing there.
         """
         from vanilla_transformer.training.arguments import UserError
+        from vanilla_transformer.training.report import write_beside
 
         self.lock(fcntl.LOCK_EX)
         if not self.settings.exists():
             for path in self.folder.glob("*.txt"):
                 path.unlink()
-            store(self.settings, json.dumps(settings))
+            write_beside(self.settings, json.dumps(settings))
         begun = json.loads(self.settings.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if begun[name] != value:
@@ -335,11 +336,15 @@ class Parts:
 
     def write(self, number: int, lines: list[str], text: str, unfinished: list[int]) -> None:
         """Keeps the translation of a window."""
+        from vanilla_transformer.training.report import write_beside
+
         header = json.dumps({"lines": checksum(lines), "unfinished": unfinished})
-        store(self._path(number), f"{header}\n{text}")
+        write_beside(self._path(number), f"{header}\n{text}")
 
     def join(self, count: int) -> tuple[int, list[int]]:
         """Makes the output of so many parts, and removes them; returns what write_stream does."""
+        from vanilla_transformer.training.report import to_disk
+
         total, first = 0, list[int]()
         beside = Path(f"{self.output}.part")
         with open(beside, "wb") as whole:
@@ -361,21 +366,6 @@ class Parts:
 def checksum(lines: list[str]) -> str:
     """Of a window's lines."""
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
-
-
-def store(path: Path, text: str) -> None:
-    """Writes a file so that it is whole or not there, also after a loss of power."""
-    beside = Path(f"{path}.part")
-    with open(beside, "wb") as file:
-        file.write(text.encode())
-        to_disk(file)
-    os.replace(beside, path)
-
-
-def to_disk(file: Any) -> None:
-    """Returns when what was written to an open file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def warn(count: int, first: list[int]) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from networks import NETWORKS
 from safetensors import safe_open
 from torch import nn
 from torch.func import functional_call
@@ -23,17 +24,6 @@ from vanilla_transformer import (
 SIDES = ("right", "left")
 # flex_attention has tests of its own below, since it runs differently on a CPU.
 ATTENTIONS = ("eager", "sdpa")
-
-# Every shape of network that a recipe may ask for, as changes to the tiny configuration.
-NETWORKS = {
-    "paper": {},
-    "pre-norm": {"normalize_before": True},
-    "learned positions": {"position_embedding_type": "learned"},
-    "free d_k and d_v": {"d_kv": 6, "d_v": 10},
-    "gelu": {"activation_function": "gelu"},
-    "unscaled": {"scale_embedding": False},
-    "separate vocabularies": {"decoder_vocab_size": 53, "share_encoder_decoder_embeddings": False},
-}
 
 
 def each_network(test):

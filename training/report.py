@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from babel import Locale, UnknownLocaleError
@@ -17,10 +17,18 @@ METRICS = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "exact_match": "Exact m
 
 
 def write_beside(path: str | Path, text: str) -> None:
-    """Writes a file so that a crash leaves either the old one or the new one, whole."""
+    """Writes a file so that a crash, or a loss of power, leaves either the old one or the new one, whole."""
     beside = Path(f"{path}.part")
-    beside.write_text(text, encoding="utf-8")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        to_disk(file)
     os.replace(beside, path)
+
+
+def to_disk(file: IO) -> None:
+    """Returns when what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def machine() -> str:
@@ -68,6 +76,10 @@ def draw_loss_curve(log_history: list[dict[str, Any]], metric: str, path: str | 
         scores.plot(steps, [entry[f"eval_{metric}"] for entry in scored], color="tab:green", label=f"validation {name}")
         scores.set(ylabel=name, ylim=(0, 100 if metric == "exact_match" else None))
     figure.legend(loc="outside upper center", ncols=3)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     figure.savefig(f"{path}.part", format="png", dpi=120)
     os.replace(f"{path}.part", path)
 
@@ -109,8 +121,7 @@ def draw_alignment(
     axes.xaxis.set_label_position("top")
     axes.set(xlabel="source", ylabel="target")
     figure.colorbar(image, label="attention", shrink=0.8)
-    figure.savefig(f"{path}.part", format="png", dpi=120)
-    os.replace(f"{path}.part", path)
+    _save(figure, path)
 
 
 def model_card(

@@ -5,7 +5,9 @@ of `search_vanilla_transformer.py` on the packed network of `inference_vanilla_t
 loops offer (attention weights and states of each step, static caches, assistants, custom loops) they still do.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,12 @@ from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
 from .constraints_vanilla_transformer import ForbiddenPhrases, RequiredPhrases
-from .inference_vanilla_transformer import packed, parameters_of_plain_modules, resolve_compute_type
+from .inference_vanilla_transformer import (
+    PackedTransformer,
+    packed,
+    parameters_of_plain_modules,
+    resolve_compute_type,
+)
 from .search_vanilla_transformer import Options, SearchJob, search_beams, search_rows
 
 
@@ -86,50 +93,43 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         """
         config, model_inputs = self._prepare_generation_config(generation_config, **_without_extras(kwargs))
         compute_type = _first(compute_type, getattr(config, "compute_type", None))
-        options = Options(
-            _first(length_penalty_form, getattr(config, "length_penalty_form", None), "power"),
-            _first(coverage_penalty, getattr(config, "coverage_penalty", None), 0.0),
-        )
-        if options.length_penalty_form not in ("power", "gnmt"):
-            raise ValueError(f"length_penalty_form={options.length_penalty_form!r} must be 'power' or 'gnmt'")
-        asked = {
-            "compute_type": compute_type is not None,
-            "length_penalty_form": options.length_penalty_form != "power",
-            "coverage_penalty": options.coverage_penalty != 0.0,
-            "ensemble": bool(ensemble),
-            "required_phrases": required_phrases is not None,
-            "forbidden_phrases": forbidden_phrases is not None,
-        }
+        options = _options(config, length_penalty_form, coverage_penalty)
         sentences = _sentences(inputs, model_inputs)
         reason = self._why_not_here(config, model_inputs, sentences, kwargs)
-        if reason is not None:
+        parameters = parameters_of_plain_modules(self) if reason is None else None
+        if sentences is None or parameters is None:
+            asked = {
+                "compute_type": compute_type is not None,
+                "length_penalty_form": options.length_penalty_form != "power",
+                "coverage_penalty": options.coverage_penalty != 0.0,
+                "ensemble": bool(ensemble),
+                "required_phrases": required_phrases is not None,
+                "forbidden_phrases": forbidden_phrases is not None,
+            }
+            reason = reason or "layers that are not torch's own, or differ in dtype or device"
             if names := [name for name, wanted in asked.items() if wanted]:
                 raise ValueError(f"{names[0]} does not go with {reason}")
             return super().generate(inputs, generation_config, **kwargs)
-        assert sentences is not None
 
-        # 1. the models, and what they read
-        models = [self, *ensemble]
+        # 1. what constrains the outputs
+        required = _checked_phrases("required_phrases", required_phrases, len(sentences), self.config)
+        forbidden = _checked_phrases("forbidden_phrases", forbidden_phrases, len(sentences), self.config)
+        if forbidden is not None:
+            given = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([*given, ForbiddenPhrases(forbidden)])
+        if required is not None:
+            _refuse_impossible_phrases(required, forbidden, config)
+            options = options._replace(required=RequiredPhrases(required, config.num_beams))
+
+        # 2. the models, and what they read of the source
+        engine = packed(self, resolve_compute_type(compute_type, self), parameters)
+        engines = [engine]
         for number, model in enumerate(ensemble, start=1):
-            _refuse_other_vocabulary(self, model, number)
-        engines = [packed(model, resolve_compute_type(compute_type, model)) for model in models]
+            engines.append(_packed_member(self, model, number, compute_type))
         mask = model_inputs.get("attention_mask")
-        device = self.lm_head.weight.device
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            mask = None if mask is None else mask.to(device)
-            memories = [engine.encode(sentences.to(device), mask) for engine in engines]
-
-        # 2. what constrains the outputs
-        if forbidden_phrases is not None:
-            phrases = _checked_phrases("forbidden_phrases", forbidden_phrases, len(sentences), self.config)
-            own = LogitsProcessorList([ForbiddenPhrases(phrases)])
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), *own])
-        if required_phrases is not None:
-            if config.num_beams == 1 or config.do_sample or (config.num_beam_groups or 1) > 1:
-                raise ValueError("required_phrases needs beam search: num_beams above 1, without sampling or groups")
-            phrases = _checked_phrases("required_phrases", required_phrases, len(sentences), self.config)
-            _refuse_impossible_phrases(phrases, forbidden_phrases, config.eos_token_id)
-            options = options._replace(required=RequiredPhrases(phrases, config.num_beams))
+        mask = None if mask is None else mask.to(engine.device)
+        with _inference_on(engine.device):
+            memories = [each.encode(sentences.to(engine.device), mask) for each in engines]
 
         # 3. transformers prepares lengths, prefixes, processors and criteria, and calls this to search
         def search(
@@ -140,27 +140,28 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             generation_config: GenerationConfig,
             **model_kwargs: Any,
         ) -> Any:
-            if options.required is not None:
-                _refuse_long_phrases(options.required.phrases, generation_config.max_length - input_ids.shape[1])
+            if required is not None:
+                _refuse_long_phrases(required, generation_config.max_length - input_ids.shape[1])
             job = SearchJob(
-                engines,
-                memories,
-                mask,
-                input_ids,
-                model_kwargs.get("decoder_attention_mask"),
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                kwargs.get("streamer"),
-                options,
+                engines=engines,
+                memories=memories,
+                source_mask=mask,
+                input_ids=input_ids,
+                prefix_mask=model_kwargs.get("decoder_attention_mask"),
+                processors=logits_processor,
+                criteria=stopping_criteria,
+                config=generation_config,
+                streamer=kwargs.get("streamer"),
+                options=options,
             )
-            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            with _inference_on(engine.device):
                 result = search_beams(job) if generation_config.num_beams > 1 else search_rows(job)
             return _outside_inference_mode(result)
 
         encoding = SharedEncoding(last_hidden_state=memories[0])
-        kwargs |= {"custom_generate": search, "encoder_outputs": encoding}
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(
+            inputs, generation_config, **{**kwargs, "custom_generate": search, "encoder_outputs": encoding}
+        )
 
     def _why_not_here(
         self, config: GenerationConfig, model_inputs: dict, sentences: torch.Tensor | None, kwargs: dict
@@ -187,11 +188,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             and model_inputs.get("decoder_attention_mask") is not None,
             "a model in training mode": self.training,
         }
-        for reason, present in wanted.items():
-            if present:
-                return reason
-        plain = parameters_of_plain_modules(self) is not None
-        return None if plain else "layers that are not torch's own, or differ in dtype or device"
+        return next((reason for reason, present in wanted.items() if present), None)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
         """transformers copies every input for each beam. Our searches need no copies."""
@@ -243,15 +240,23 @@ def _first(*values: Any) -> Any:
 
 
 # Arguments of `generate()` that are neither fields of a generation config nor inputs of the model.
-_EXTRAS = {
-    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "streamer",
-    "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "trust_remote_code", "tokenizer",
-    "assistant_tokenizer",
-}  # fmt: skip
+_EXTRAS = {*inspect.signature(GenerationMixin.generate).parameters}
+_EXTRAS |= {"trust_remote_code", "tokenizer", "assistant_tokenizer"}
 
 
 def _without_extras(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name not in _EXTRAS}
+
+
+def _options(config: GenerationConfig, length_penalty_form: str | None, coverage_penalty: float | None) -> Options:
+    """As the caller says, or as it was saved with the model."""
+    options = Options(
+        _first(length_penalty_form, getattr(config, "length_penalty_form", None), "power"),
+        _first(coverage_penalty, getattr(config, "coverage_penalty", None), 0.0),
+    )
+    if options.length_penalty_form not in ("power", "gnmt"):
+        raise ValueError(f"length_penalty_form={options.length_penalty_form!r} must be 'power' or 'gnmt'")
+    return options
 
 
 def _sentences(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor | None:
@@ -261,18 +266,28 @@ def _sentences(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor 
     return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.numel() and not both else None
 
 
-def _refuse_other_vocabulary(model: Any, other: Any, number: int) -> None:
+def _packed_member(model: Any, other: Any, number: int, compute_type: str | None) -> PackedTransformer:
+    """
+    The packed weights of another model of an ensemble.
+
+    Raises:
+        ValueError: it has another vocabulary, or cannot be packed.
+    """
     for field in ("vocab_size", "decoder_vocab_size", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         ours, theirs = getattr(model.config, field), getattr(other.config, field)
         if ours != theirs:
             raise ValueError(
                 f"ensemble: model {number} has {field}={theirs} and this one {ours}: an ensemble needs one vocabulary"
             )
-    if parameters_of_plain_modules(other) is None or other.training:
+    parameters = parameters_of_plain_modules(other)
+    if parameters is None or other.training:
         raise ValueError(f"ensemble: model {number} must be in evaluation mode, with torch's own layers on one device")
+    return packed(other, resolve_compute_type(compute_type, other), parameters)
 
 
-def _checked_phrases(name: str, phrases: Sequence, sentences: int, config: Any) -> list[list[list[int]]]:
+def _checked_phrases(name: str, phrases: Sequence | None, sentences: int, config: Any) -> list[list[list[int]]] | None:
+    if phrases is None:
+        return None
     if len(phrases) != sentences:
         raise ValueError(f"{name} has lists for {len(phrases)} sentences, but there are {sentences}")
     for number, several in enumerate(phrases):
@@ -287,14 +302,17 @@ def _checked_phrases(name: str, phrases: Sequence, sentences: int, config: Any) 
     return [[list(phrase) for phrase in several] for several in phrases]
 
 
-def _refuse_impossible_phrases(required: list[list[list[int]]], forbidden: Any, eos: int | list[int] | None) -> None:
+def _refuse_impossible_phrases(required: list, forbidden: list | None, config: GenerationConfig) -> None:
+    if config.num_beams == 1 or config.do_sample or (config.num_beam_groups or 1) > 1:
+        raise ValueError("required_phrases needs beam search: num_beams above 1, without sampling or groups")
+    eos = config.eos_token_id
     ends = eos if isinstance(eos, list) else [eos]
     for number, phrase in ((number, phrase) for number, several in enumerate(required) for phrase in several):
         if end := set(ends).intersection(phrase):
             raise ValueError(f"required_phrases[{number}] holds {phrase} with {end.pop()}, which ends a sentence")
         for other in forbidden[number] if forbidden is not None else []:
             places = range(len(phrase) - len(other) + 1)
-            if any(phrase[place : place + len(other)] == list(other) for place in places):
+            if any(phrase[place : place + len(other)] == other for place in places):
                 raise ValueError(
                     f"required_phrases[{number}] holds {phrase}, of which forbidden_phrases[{number}] forbids {other}"
                 )
@@ -308,6 +326,13 @@ def _refuse_long_phrases(required: Sequence[Sequence[Sequence[int]]], new_tokens
                 f"required_phrases[{number}] holds {tokens} tokens, which with the end of the sentence do not fit into "
                 f"{new_tokens} new tokens: raise max_new_tokens or max_length"
             )
+
+
+@contextmanager
+def _inference_on(device: torch.device) -> Iterator[None]:
+    """No gradients, no counting of changes, and no casts but those of the compute type."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _outside_inference_mode(result: Any) -> Any:

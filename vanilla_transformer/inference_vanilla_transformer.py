@@ -13,7 +13,8 @@ Sizes in the comments: B sentences, W beams (or samples) of each, S source token
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -69,7 +70,7 @@ def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linea
     scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
     # FBGEMM is faster but for large matrices such as the output projection.
     library = "onednn" if len(weight) >= 4096 and "onednn" in torch.backends.quantized.supported_engines else "fbgemm"
-    with warnings.catch_warnings(), _QuantizedEngine(library):
+    with warnings.catch_warnings(), _packing_by(library):
         warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
         zeros = torch.zeros(len(weight), dtype=torch.long)
         quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
@@ -80,40 +81,43 @@ def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linea
     return lambda x: product(x, packed, reduce_range)
 
 
-class _QuantizedEngine:
+_quantized_engine = threading.Lock()
+
+
+@contextmanager
+def _packing_by(library: str) -> Iterator[None]:
     """Which library packs quantised weights is one setting for the process: it is put back."""
-
-    _lock = threading.Lock()
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self.before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = self.name
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.quantized.engine = self.before
-        self._lock.release()
+    with _quantized_engine:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = library
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     softmax(Q K^T + mask) V, Q being scaled already (Vaswani et al., 2017, equation 1), with every head a row.
 
     Args:
         query: `[B * H, W, d_k]`. key: `[B * H, N, d_k]`. value: `[B * H, N, d_v]`.
         mask: 0 where a query may look and -inf where not, `[B * H, W or 1, N]`; None: everywhere.
+
+    Returns:
+        The attended values `[B * H, W, d_v]` and the weights `[B * H, W, N]`.
     """
-    return torch.bmm(attention_weights(query, key, mask), value)  # [B * H, W, d_v]
-
-
-def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The weights of `attend`, `[B * H, W, N]`."""
     key = key.transpose(1, 2)
     scores = torch.bmm(query, key) if mask is None else torch.baddbmm(mask, query, key)
-    return scores.softmax(dim=-1)
+    weights = scores.softmax(dim=-1)
+    return torch.bmm(weights, value), weights
+
+
+def rows_of(sentences: torch.Tensor, count: int) -> torch.Tensor:
+    """The rows of these sentences, `[n]`, where each has `count` rows, one after the other: `[n * count]`."""
+    return (sentences[:, None] * count + torch.arange(count, device=sentences.device)).flatten()
 
 
 class TargetCache:
@@ -186,7 +190,7 @@ class TargetCache:
 
         self.keys, self.values = [taken(keys) for keys in self.keys], [taken(values) for values in self.values]
         if self.mask is not None:
-            self.mask = self.mask.gather(2, columns[:, None].expand(-1, self.mask.shape[1], -1))
+            self.mask = self.mask.take_along_dim(columns[:, None], dim=2)
         self.length = length
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +218,7 @@ class TargetCache:
     def move_beams(self, parents: torch.Tensor) -> None:
         """Each hypothesis becomes a child of the one that `parents` `[B, W]` names."""
         assert self.mask is not None
-        self.mask = self.mask.gather(1, parents[:, :, None].expand(-1, -1, self.mask.shape[2]))
+        self.mask = self.mask.take_along_dim(parents[:, :, None], dim=1)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops the rows that are not named."""
@@ -254,11 +258,9 @@ class DecoderState:
         def kept(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(0, (self.sentences, -1))[sentences].flatten(0, 1)
 
-        per_sentence = len(self.target.keys[0]) // self.sentences
-        rows = (sentences[:, None] * per_sentence + torch.arange(per_sentence, device=sentences.device)).flatten()
         self.cross = [(kept(keys), kept(values)) for keys, values in self.cross]
         self.source_mask = None if self.source_mask is None else kept(self.source_mask)
-        self.target.keep(rows)
+        self.target.keep(rows_of(sentences, len(self.target.keys[0]) // self.sentences))
         if isinstance(self.position, torch.Tensor):
             self.position = self.position[sentences]
         self.sentences = len(sentences)
@@ -343,16 +345,16 @@ class _DecoderLayer(_Layer):
         def self_attention(x: torch.Tensor) -> torch.Tensor:
             query, key, value = self.split(x.view(*rows, -1))
             keys, values = state.target.append(index, key, value)
-            context = attend(self._rows_of_heads(query, keys), keys, values, mask)
+            context, _ = attend(self._rows_of_heads(query, keys), keys, values, mask)
             return self.out(self._concatenated(context, rows)).view(*beams, -1)
 
         def cross_attention(x: torch.Tensor) -> torch.Tensor:
             keys, values = state.cross[index]
             query = self._rows_of_heads(self.cross_query(x).unflatten(-1, (self.heads, -1)), keys)
-            weights = attention_weights(query, keys, state.source_mask)
+            context, weights = attend(query, keys, values, state.source_mask)
             if record is not None:
                 record.append(weights.float().unflatten(0, (-1, self.heads)))
-            return self.cross_out(self._concatenated(torch.bmm(weights, values), beams))
+            return self.cross_out(self._concatenated(context, beams))
 
         # Of the cache's rows: [B, W], or [B * W, 1] where every hypothesis has a row of its own.
         rows = (len(state.target.keys[0]), x.shape[0] * x.shape[1] // len(state.target.keys[0]))
@@ -504,10 +506,15 @@ def _norm(norm: nn.Module) -> _Linear:
 _PACKED: WeakKeyDictionary[PreTrainedModel, dict[str, tuple[Any, PackedTransformer]]] = WeakKeyDictionary()
 
 
-def packed(model: PreTrainedModel, compute_type: str) -> PackedTransformer:
-    """The model's packed weights, made at the first use and again after the weights have changed."""
-    known = _PACKED.setdefault(model, {})
-    weights = _fingerprint(parameters_of_plain_modules(model) or [])
+def packed(model: PreTrainedModel, compute_type: str, parameters: list[torch.Tensor]) -> PackedTransformer:
+    """
+    The model's packed weights, made at the first use and again after the weights have changed.
+
+    Args:
+        compute_type: see `pack_linear`.
+        parameters: what `parameters_of_plain_modules` finds.
+    """
+    known, weights = _PACKED.setdefault(model, {}), _fingerprint(parameters)
     if compute_type not in known or known[compute_type][0] != weights:
         known.pop(compute_type, None)
         known[compute_type] = (weights, PackedTransformer(model, compute_type))
@@ -550,10 +557,9 @@ def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> st
     Raises:
         ValueError: there is no such type, or this machine cannot compute in it.
     """
-    device = model.lm_head.weight.device.type
+    device = model.device.type
     if compute_type is None:
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else model.lm_head.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         if device == "cpu" and dtype == torch.float16:
             dtype = torch.float32  # few CPUs compute in float16
         return str(dtype).removeprefix("torch.")

@@ -6,6 +6,8 @@ computed long after they have ended. Sizes: B sentences, W beams, K candidates, 
 V vocabulary.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from transformers.generation import (
 from transformers.generation import logits_process as processing
 
 from .constraints_vanilla_transformer import RequiredPhrases
-from .inference_vanilla_transformer import DecoderState, PackedTransformer
+from .inference_vanilla_transformer import DecoderState, PackedTransformer, rows_of
 
 
 # As transformers has it: the score of what must never be chosen.
@@ -53,7 +55,8 @@ class Options(NamedTuple):
         return ((5 + length) / 6) ** exponent if self.length_penalty_form == "gnmt" else float(length) ** exponent
 
 
-class SearchJob(NamedTuple):
+@dataclass(frozen=True)
+class SearchJob:
     """What transformers has prepared for a search."""
 
     engines: list[PackedTransformer]
@@ -67,7 +70,7 @@ class SearchJob(NamedTuple):
     streamer: Any
     options: Options
 
-    @property
+    @cached_property
     def minimum_length(self) -> int | None:
         """Tokens, prefix included, before which no output may end, if that is all that processors ask for."""
         eos = self.config._eos_token_tensor
@@ -82,7 +85,7 @@ class SearchJob(NamedTuple):
                 lengths.append(processor.prompt_length_to_skip + processor.min_new_tokens)
         return max(lengths)
 
-    @property
+    @cached_property
     def ends_by_itself(self) -> bool:
         """Whether outputs end only by an end-of-sentence token or their length."""
         return all(self._is_ordinary(criterion) for criterion in self.criteria)
@@ -94,7 +97,7 @@ class SearchJob(NamedTuple):
         eos = self.config._eos_token_tensor
         return type(criterion) is EosTokenCriteria and eos is not None and torch.equal(criterion.eos_token_id, eos)
 
-    @property
+    @cached_property
     def may_leave(self) -> bool:
         """Whether sentences that have ended may leave the batch unnoticed."""
         rows = all(type(processor) in ROW_BY_ROW + MINIMUM_LENGTH for processor in self.processors)
@@ -147,7 +150,7 @@ class _Decoder:
         for state in self.states:
             state.target.move_beams(parents)
         if self.attended is not None:
-            self.attended = self.attended.gather(1, parents[:, :, None].expand(-1, -1, self.attended.shape[2]))
+            self.attended = self.attended.take_along_dim(parents[:, :, None], dim=1)
 
     def keep(self, sentences: torch.Tensor) -> None:
         """Drops all sentences but those named."""
@@ -163,29 +166,41 @@ def _worth_leaving(finished: int, sentences: int) -> bool:
     return finished * 8 >= sentences
 
 
+class _Told:
+    """What the caller asked to be told of each step."""
+
+    def __init__(self, config: GenerationConfig):
+        self.logits: tuple[torch.Tensor, ...] | None = () if config.output_logits else None
+        self.scores: tuple[torch.Tensor, ...] | None = () if config.output_scores else None
+
+    def add_logits(self, logits: torch.Tensor) -> None:
+        """What the model gave, `[rows, V]`."""
+        if self.logits is not None:
+            self.logits += (logits.clone(),)
+
+    def add_scores(self, scores: torch.Tensor) -> None:
+        """What the choice was made by, `[rows, V]`."""
+        if self.scores is not None:
+            self.scores += (scores.clone(),)
+
+
 def search_rows(job: SearchJob) -> torch.Tensor | GenerateEncoderDecoderOutput:
     """Greedy search, or sampling `num_return_sequences` outputs of each sentence (transformers: `_sample`)."""
-    config, width = job.config, job.config.num_return_sequences
-    pad, eos = config._pad_token_tensor, config._eos_token_tensor
+    config, width, pad = job.config, job.config.num_return_sequences, job.config._pad_token_tensor
     ids = job.input_ids.repeat_interleave(width, dim=0)  # [B * W, T]
     longest = max(config.max_length, job.criteria.max_length or 0)  # a user's criterion may have another length
     outputs = ids.new_full((len(ids), longest), int(pad) if pad is not None else 0)
     outputs[:, : ids.shape[1]] = ids
     rows = torch.arange(len(ids), device=ids.device)  # where each row of the batch stands in `outputs`
     unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    decoder, minimum = _Decoder(job, width, beams=False), job.minimum_length
-    scores: list[torch.Tensor] = []
-    logits_seen: list[torch.Tensor] = []
+    decoder, told = _Decoder(job, width, beams=False), _Told(config)
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in job.criteria)
-    length = ids.shape[1]
     while True:
         # 1. score what may follow
         logits = decoder.step(ids[:, -1].view(-1, width)).flatten(0, 1)  # [B * W, V]
-        if config.output_logits:
-            logits_seen.append(logits.clone())
-        logits = _processed(logits, ids, job, minimum)
-        if config.output_scores:
-            scores.append(logits.clone())
+        told.add_logits(logits)
+        logits = _processed(logits, ids, job)
+        told.add_scores(logits)
         # 2. choose
         if config.do_sample:
             chosen = torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)
@@ -193,45 +208,43 @@ def search_rows(job: SearchJob) -> torch.Tensor | GenerateEncoderDecoderOutput:
             chosen = logits.argmax(dim=-1)
         if has_eos:
             chosen = torch.where(unfinished, chosen, pad)
+        outputs[rows, ids.shape[1]] = chosen
         ids = torch.cat([ids, chosen[:, None]], dim=1)
-        outputs[rows, length] = chosen
-        length += 1
         if job.streamer is not None:
             job.streamer.put(chosen.cpu())
         # 3. end
-        if job.ends_by_itself:
-            if eos is not None:
-                unfinished &= torch.isin(chosen, eos, invert=True)
-            if length >= config.max_length:
-                break
-        else:
-            unfinished &= ~job.criteria(ids, tuple(scores) if config.output_scores else None)
+        unfinished = unfinished & _may_go_on(ids, job, told.scores)
         remaining = int(unfinished.sum())
         if remaining == 0:
             break
-        if width == 1 and job.may_leave and _worth_leaving(len(rows) - remaining, len(rows)):
+        if job.may_leave and _worth_leaving(len(rows) - remaining, len(rows)):
             kept = unfinished.nonzero().squeeze(1)
-            if len(kept) < len(rows):
-                decoder.keep(kept)
-                rows, ids, unfinished = rows[kept], ids[kept], unfinished[kept]
+            decoder.keep(kept)
+            rows, ids, unfinished = rows[kept], ids[kept], unfinished[kept]
 
     if job.streamer is not None:
         job.streamer.end()
-    outputs = outputs[:, :length]
+    outputs = outputs[:, : ids.shape[1]]
     if not config.return_dict_in_generate:
         return outputs
-    return GenerateEncoderDecoderOutput(
-        sequences=outputs,
-        scores=tuple(scores) if config.output_scores else None,
-        logits=tuple(logits_seen) if config.output_logits else None,
-    )
+    return GenerateEncoderDecoderOutput(sequences=outputs, scores=told.scores, logits=told.logits)
 
 
-def _processed(scores: torch.Tensor, ids: torch.Tensor, job: SearchJob, minimum: int | None) -> torch.Tensor:
+def _may_go_on(ids: torch.Tensor, job: SearchJob, scores: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    """Which outputs `[rows, T]` do not end with their last token."""
+    if not job.ends_by_itself:
+        return ~job.criteria(ids, scores)
+    if ids.shape[1] >= job.config.max_length:
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    eos = job.config._eos_token_tensor
+    return torch.isin(ids[:, -1], eos if eos is not None else ids.new_empty(0), invert=True)
+
+
+def _processed(scores: torch.Tensor, ids: torch.Tensor, job: SearchJob) -> torch.Tensor:
     """Scores `[rows, V]` after the processors; a mere minimum length is kept without the copies that they make."""
-    if minimum is None:
+    if job.minimum_length is None:
         return job.processors(ids.clone(), scores)
-    if ids.shape[1] < minimum and job.config._eos_token_tensor is not None:
+    if ids.shape[1] < job.minimum_length:
         scores.index_fill_(1, job.config._eos_token_tensor, float("-inf"))
     return scores
 
@@ -391,8 +404,8 @@ class _Beams:
 
     def _continued(self, states: torch.Tensor, candidates: _Candidates, new: torch.Tensor) -> torch.Tensor:
         """`[rows, W, n]` of the beams that candidates continue, with the candidates' own at the end."""
-        index = candidates.parents[:, :, None].expand(-1, -1, states.shape[2])
-        return torch.cat([states.gather(1, index), new[:, :, None].to(states.dtype)], dim=2)
+        states = states.take_along_dim(candidates.parents[:, :, None], dim=1)
+        return torch.cat([states, new[:, :, None].to(states.dtype)], dim=2)
 
     def _finish(self, candidates: _Candidates, ends: torch.Tensor, attended: torch.Tensor | None) -> None:
         """Puts candidates that end among the finished, where they are better."""
@@ -410,10 +423,11 @@ class _Beams:
         self.finished_scores, places = scores.topk(self.width)
         old = places.clamp(max=self.width - 1)
         is_new = places >= self.width
-        new = candidates.take((places - self.width).clamp(min=0))
+        place_of_new = (places - self.width).clamp(min=0)
+        new = candidates.take(place_of_new)
 
         def merged(finished: torch.Tensor, running: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-            result = finished.gather(1, old[:, :, None].expand(-1, -1, finished.shape[2]))
+            result = finished.take_along_dim(old[:, :, None], dim=1)
             continued = self._continued(running, new, last)
             size = continued.shape[2]
             result[:, :, :size] = torch.where(is_new[:, :, None], continued, result[:, :, :size])
@@ -424,8 +438,7 @@ class _Beams:
             assert self.finished_lineage is not None
             self.finished_lineage = merged(self.finished_lineage, self.lineage, self._beams_of_batch(new.parents))
         self.finished_lengths = torch.where(is_new, self.length + 1, self.finished_lengths.gather(1, old))
-        new_ends = ends.gather(1, (places - self.width).clamp(min=0))
-        self.is_finished = torch.where(is_new, new_ends, self.is_finished.gather(1, old))
+        self.is_finished = torch.where(is_new, ends.gather(1, place_of_new), self.is_finished.gather(1, old))
 
     def _coverage(self, attended: torch.Tensor) -> torch.Tensor:
         """beta * sum_i log(min(sum_j p_ij, 1)) of each beam, `[rows, w]`. Padding counts nothing."""
@@ -459,8 +472,7 @@ class _Beams:
 
     def _beams_of_batch(self, parents: torch.Tensor) -> torch.Tensor:
         """Beams of a row `[rows, n]` as transformers counts them, through all sentences that there were."""
-        rows = (self.sentences[:, None] * self.groups + torch.arange(self.groups, device=parents.device)).flatten()
-        return rows[:, None] * self.width + parents
+        return rows_of(self.sentences, self.groups)[:, None] * self.width + parents
 
     def done_sentences(self) -> torch.Tensor:
         """`[B]`, true where all of a sentence's rows are done."""
@@ -468,7 +480,7 @@ class _Beams:
 
     def keep(self, sentences: torch.Tensor) -> None:
         """Drops the sentences that are not named by their row."""
-        rows = (sentences[:, None] * self.groups + torch.arange(self.groups, device=sentences.device)).flatten()
+        rows = rows_of(sentences, self.groups)
         for name in _STATES_OF_ROWS:
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[rows])
@@ -482,8 +494,7 @@ class _Beams:
         results: list[torch.Tensor | None] = []
         for field in own:
             if field is not None:
-                index = order if field.dim() == 2 else order[:, :, None].expand(-1, -1, field.shape[2])
-                field = field.gather(1, index)[sentences]
+                field = field.take_along_dim(order if field.dim() == 2 else order[:, :, None], dim=1)[sentences]
             results.append(field)
         return results
 
@@ -497,10 +508,8 @@ _STATES_OF_ROWS = (
 def search_beams(job: SearchJob) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
     """Beam search, beam sampling and diverse beam search (transformers: `_beam_search`)."""
     config, width = job.config, job.config.num_beams
-    beams, decoder, minimum = _Beams(job), _Decoder(job, width, beams=True), job.minimum_length
+    beams, decoder, told = _Beams(job), _Decoder(job, width, beams=True), _Told(config)
     collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
-    scores: list[torch.Tensor] = []
-    logits_seen: list[torch.Tensor] = []
     buffer = torch.empty(0)
     # Until the first choice a sentence has one hypothesis.
     tokens = job.input_ids[:, -1:]
@@ -508,18 +517,16 @@ def search_beams(job: SearchJob) -> torch.Tensor | GenerateBeamEncoderDecoderOut
         # 1. log-probabilities of what may follow
         logits = decoder.step(tokens)  # [B, 1 or W, V]
         logits = logits.expand(-1, width, -1).flatten(0, 1)  # [B * W, V]
-        if config.output_logits:
-            logits_seen.append(logits.clone())
+        told.add_logits(logits)
         flat = beams.running.view(len(logits), -1)
         # Into the same memory at every step: getting it anew takes longer than filling it.
         buffer = buffer if buffer.shape == logits.shape else torch.empty_like(logits)
-        log_probs = _processed(torch.log_softmax(logits, dim=-1, out=buffer), flat, job, minimum)
-        if config.output_scores:
-            scores.append(log_probs.clone())
+        log_probs = _processed(torch.log_softmax(logits, dim=-1, out=buffer), flat, job)
+        told.add_scores(log_probs)
         # 2. choose
         is_first = tokens.shape[1] == 1
         log_probs = log_probs.view(-1, width, log_probs.shape[1])
-        parents = beams.grow(log_probs, decoder.attended, tuple(scores) if config.output_scores else None)
+        parents = beams.grow(log_probs, decoder.attended, told.scores)
         done = beams.done_sentences()
         finished = int(done.sum())
         if finished == len(done):
@@ -527,20 +534,19 @@ def search_beams(job: SearchJob) -> torch.Tensor | GenerateBeamEncoderDecoderOut
             break
         # 3. the finished leave, the others go on
         decoder.move_beams(torch.zeros_like(parents) if is_first and width > 1 else parents)
-        if finished and job.may_leave and _worth_leaving(finished, len(done)):
+        if job.may_leave and _worth_leaving(finished, len(done)):
             gone, kept = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
             collected.append((beams.sentences[gone], beams.results(gone)))
             beams.keep(kept)
             decoder.keep(kept)
         tokens = beams.running[:, :, -1].view(-1, width)
-    return _collected(job, collected, scores, logits_seen)
+    return _collected(job, collected, told)
 
 
 def _collected(
     job: SearchJob,
     collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]],
-    scores: list[torch.Tensor],
-    logits: list[torch.Tensor],
+    told: _Told,
 ) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
     """The results of all sentences in their first order, cut to the longest, in transformers' form."""
     config = job.config
@@ -564,7 +570,7 @@ def _collected(
     return GenerateBeamEncoderDecoderOutput(
         sequences=sequences,
         sequences_scores=sequences_scores,
-        scores=tuple(scores) if config.output_scores else None,
-        logits=tuple(logits) if config.output_logits else None,
+        scores=told.scores,
+        logits=told.logits,
         beam_indices=lineage[:, : longest - job.input_ids.shape[1]],
     )

@@ -59,6 +59,13 @@ def test_each_python_block_of_the_readme_runs(code, saved_model):
     assert result.stdout.strip()
 
 
+def test_the_examples_of_the_decoding_guide_run_from_top_to_bottom(saved_model):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8"), re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=saved_model, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (saved_model / "alignment.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("line", TRAIN, ids=range(len(TRAIN)))
 def test_each_training_command_of_the_documents_is_understood(line, saved_model, monkeypatch):
     monkeypatch.chdir(saved_model)

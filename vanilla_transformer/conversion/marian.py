@@ -1,0 +1,160 @@
+"""transformers' own `MarianMTModel`, in both directions: OPUS-MT's models for us, and ours for who has not our package.
+
+    model = from_marian(MarianMTModel.from_pretrained("opus-mt-folder"))
+    to_marian(model).save_pretrained("folder")
+
+Both are post-norm Transformers with the paper's sinusoids, but Marian has all sines before all cosines where the paper
+has them by turns. Nothing in the network depends on the order of the d_model axis as long as all agree on it, so every
+matrix that reads or writes this axis is reordered, and the outputs stay what they were.
+
+Sentences padded on the left are the exception: their positions count columns in Marian, and tokens here.
+"""
+
+import copy
+
+import torch
+from transformers import GenerationConfig, MarianConfig, MarianMTModel
+
+from ..configuration_vanilla_transformer import VanillaTransformerConfig
+from ..modeling_vanilla_transformer import VanillaTransformerForConditionalGeneration
+
+
+# The fields that mean the same in both configurations.
+FIELDS = """
+    vocab_size decoder_vocab_size d_model encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads
+    encoder_ffn_dim decoder_ffn_dim activation_function dropout attention_dropout activation_dropout scale_embedding
+    max_position_embeddings pad_token_id bos_token_id eos_token_id decoder_start_token_id
+""".split()  # noqa: SIM905 -- a list of nineteen strings takes nineteen lines
+LAYER_NORM_EPS = 1e-5
+# Which of a parameter's axes has one entry for each unit of d_model.
+READS = ("shared.weight", "embed_tokens.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
+READS = (*READS, "lm_head.weight")
+WRITES = ("out_proj.weight", "out_proj.bias", "fc2.weight", "fc2.bias", "layer_norm.weight", "layer_norm.bias")
+
+
+def from_marian(model: MarianMTModel) -> VanillaTransformerForConditionalGeneration:
+    """
+    The network of this package with the outputs of a `MarianMTModel`, such as those of OPUS-MT.
+
+    `generate()` does the same too: the way to decode comes along, with the padding token as the decoder's first input,
+    and the ban on it in outputs (`bad_words_ids`), where the model has them. What only matters in training does not:
+    `encoder_layerdrop` and `decoder_layerdrop` are dropped, and the trained bias starts from Marian's constant one.
+
+    Args:
+        model: on any device, in any dtype, which the result shares. It stays as it is.
+
+    Raises:
+        ValueError: `d_model` is odd, which leaves a sine without its cosine.
+    """
+    config = model.config
+    if config.d_model % 2:
+        raise ValueError(f"d_model={config.d_model} is odd, but here sinusoids come in pairs of sine and cosine")
+    # In Marian a table for both sides goes with an output matrix that is tied to it, or is not shared at all.
+    shared = config.share_encoder_decoder_embeddings and config.tie_word_embeddings
+    ours = VanillaTransformerForConditionalGeneration(
+        VanillaTransformerConfig(
+            **{name: getattr(config, name) for name in FIELDS},
+            init_std=config.init_std,
+            layer_norm_eps=LAYER_NORM_EPS,
+            share_encoder_decoder_embeddings=shared,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    )
+    # unit 2i is Marian's i, unit 2i + 1 its d_model / 2 + i
+    order = torch.arange(config.d_model).view(2, -1).T.flatten()
+    state = _reordered(model.state_dict(), order, shared)
+    state = {name: value for name, value in state.items() if "embed_positions" not in name}
+    state["lm_head.bias"] = state.pop("final_logits_bias")[0]
+    ours.to(model.device, model.dtype).load_state_dict(state)
+    ours.generation_config = copy.deepcopy(model.generation_config)
+    return ours.train(model.training)
+
+
+def to_marian(model: VanillaTransformerForConditionalGeneration) -> MarianMTModel:
+    """
+    A `MarianMTModel` with the outputs of a network of this package. Saved, it needs no code but transformers'.
+
+    `generate()` does the same with the way to decode that the model holds. Without a greatest length there, the
+    translation ends at the last of Marian's positions, `max_position_embeddings`, where ours ends 50 tokens over the
+    source; neither cuts a translation that ends by itself before.
+
+    Args:
+        model: on any device, in any dtype, which the result shares. It stays as it is.
+
+    Raises:
+        ValueError: Marian has nothing for a setting of the model, or of its way to decode. The message says which and
+            why.
+    """
+    config = model.config
+    _refuse_what_it_has_not(config)
+    generation_config = _generation_config(model)
+    shared = config.share_encoder_decoder_embeddings and config.tie_word_embeddings
+    marian = MarianMTModel(
+        MarianConfig(
+            **{name: getattr(config, name) for name in FIELDS},
+            forced_eos_token_id=None,
+            share_encoder_decoder_embeddings=shared,
+            tie_word_embeddings=config.tie_word_embeddings,
+            **({"init_std": config.init_std} if config.init_std else {}),
+        )
+    )
+    order = torch.arange(config.d_model).view(-1, 2).T.flatten()  # the even units, then the odd ones
+    state = _reordered(model.state_dict(), order, shared)
+    state["final_logits_bias"] = state.pop("lm_head.bias")[None]
+    positions = {name: value for name, value in marian.state_dict().items() if "embed_positions" in name}
+    marian.to(model.device, model.dtype).load_state_dict(state | positions)
+    marian.generation_config = generation_config
+    return marian.train(model.training)
+
+
+def _refuse_what_it_has_not(config: VanillaTransformerConfig) -> None:
+    if config.normalize_before:
+        raise ValueError("Marian normalises after each sub-layer only, but normalize_before=True")
+    if config.position_embedding_type != "sinusoidal":
+        raise ValueError(
+            f"Marian has sinusoids only, but position_embedding_type={config.position_embedding_type!r}: its table of "
+            "positions is not saved with a model, and would be lost"
+        )
+    if config.layer_norm_eps != LAYER_NORM_EPS:
+        raise ValueError(f"Marian's norms add {LAYER_NORM_EPS} always, but layer_norm_eps={config.layer_norm_eps}")
+    for stack in ("encoder", "decoder"):
+        heads = getattr(config, f"{stack}_attention_heads")
+        for name in ("d_kv", "d_v"):
+            width = getattr(config, name)
+            if width is not None and width * heads != config.d_model:
+                raise ValueError(
+                    f"Marian divides d_model by the number of heads, but {name}={width} is not "
+                    f"d_model={config.d_model} / {stack}_attention_heads={heads}"
+                )
+
+
+def _generation_config(model: VanillaTransformerForConditionalGeneration) -> GenerationConfig:
+    """The model's way to decode, as transformers' own searches understand it."""
+    config = copy.deepcopy(model.generation_config)
+    form, coverage = getattr(config, "length_penalty_form", None), getattr(config, "coverage_penalty", None)
+    if form not in (None, "power"):
+        raise ValueError(f"transformers' search divides by a power of the length, but length_penalty_form={form!r}")
+    if coverage:
+        raise ValueError(f"transformers' search does not look at attention, but coverage_penalty={coverage}")
+    if config.num_beam_groups not in (None, 1):
+        raise ValueError(f"transformers' search has no groups of beams, but num_beam_groups={config.num_beam_groups}")
+    # compute_type says how our search multiplies, not what it looks for.
+    for name in ("length_penalty_form", "coverage_penalty", "compute_type"):
+        vars(config).pop(name, None)
+    if config.max_length is None and config.max_new_tokens is None:
+        config.max_length = model.config.max_position_embeddings
+    return config
+
+
+def _reordered(state: dict[str, torch.Tensor], order: torch.Tensor, shared: bool) -> dict[str, torch.Tensor]:
+    """Every parameter with the d_model axis in this order, `[d_model]`, without the shared table if nothing reads it."""
+    found = {}
+    for name, value in state.items():
+        if name == "model.shared.weight" and not shared:
+            continue
+        if name.endswith(READS):
+            value = value[:, order]
+        elif name.endswith(WRITES):
+            value = value[order]
+        found[name] = value
+    return found

@@ -27,9 +27,8 @@ FIELDS = """
 """.split()  # noqa: SIM905 -- a list of nineteen strings takes nineteen lines
 LAYER_NORM_EPS = 1e-5
 # Which of a parameter's axes has one entry for each unit of d_model.
-READS = ("shared.weight", "embed_tokens.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
-READS = (*READS, "lm_head.weight")
-WRITES = ("out_proj.weight", "out_proj.bias", "fc2.weight", "fc2.bias", "layer_norm.weight", "layer_norm.bias")
+READS = tuple(f"{name}.weight" for name in ("shared", "embed_tokens", "q_proj", "k_proj", "v_proj", "fc1", "lm_head"))
+WRITES = tuple(f"{name}.{kind}" for name in ("out_proj", "fc2", "layer_norm") for kind in ("weight", "bias"))
 
 
 def from_marian(model: MarianMTModel) -> VanillaTransformerForConditionalGeneration:
@@ -147,7 +146,7 @@ def _generation_config(model: VanillaTransformerForConditionalGeneration) -> Gen
 
 
 def _reordered(state: dict[str, torch.Tensor], order: torch.Tensor, shared: bool) -> dict[str, torch.Tensor]:
-    """Every parameter with the d_model axis in this order, `[d_model]`, without the shared table if nothing reads it."""
+    """Every parameter with its d_model axis in this order, `[d_model]`, and no shared table if nothing reads it."""
     found = {}
     for name, value in state.items():
         if name == "model.shared.weight" and not shared:

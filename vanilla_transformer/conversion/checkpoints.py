@@ -1,0 +1,392 @@
+"""What reading the checkpoints of other frameworks has in common: weights without code, by name, and vocabularies.
+
+Nothing that a file holds is ever executed, and nothing is guessed: a tensor that is missing, left over, or of another
+shape than the configuration says is refused by its name.
+"""
+
+import pickle
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ..configuration_vanilla_transformer import VanillaTransformerConfig
+from ..modeling_vanilla_transformer import SinusoidalPositions, VanillaTransformerForConditionalGeneration
+
+
+# The bias of a token that can never be predicted: its probability is exactly 0 in every floating-point type, and a
+# loss that is smoothed over the vocabulary stays finite.
+NEVER = -1e4
+# The score of a piece that sentencepiece does not have: every way to write a text without it is preferred.
+UNUSED = -1e4
+
+
+def read_pickle(path: str | Path) -> Any:
+    """
+    What `torch.save` wrote, as long as it is tensors, numbers, strings and containers of them.
+
+    Raises:
+        ValueError: the file holds objects that only code could restore, or is no such file. Nothing was executed.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = next((line for line in str(error).splitlines() if "GLOBAL" in line or "instruction" in line), error)
+        raise ValueError(
+            f"{path} holds more than weights, and reading it would run code that came with it. It was refused, and "
+            f"nothing was run ({what})"
+        ) from None
+    except (RuntimeError, EOFError, struct.error) as error:
+        raise ValueError(f"{path} is damaged, or was not written by torch.save: {error}") from error
+
+
+def read_safetensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """
+    The tensors of all files.
+
+    Raises:
+        ValueError: a file is damaged, or two hold a tensor of the same name.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in paths:
+        try:
+            found = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ValueError(f"{path} holds the tensor {twice[0]}, which another file holds too")
+        tensors |= found
+    return tensors
+
+
+class Weights:
+    """
+    A checkpoint's tensors, each to be taken once.
+
+    Args:
+        tensors: what was read.
+        origin: what messages call it.
+
+    Raises:
+        ValueError: these are no tensors by name.
+    """
+
+    def __init__(self, tensors: Any, origin: str | Path):
+        self.origin = origin
+        if not isinstance(tensors, Mapping) or not tensors:
+            raise ValueError(f"{origin} holds no tensors by name, but {type(tensors).__name__}")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{origin} has {type(tensor).__name__} where a tensor should be, at {name}")
+        self.tensors = dict(tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a tensor that must be there."""
+        self._refuse_missing(name)
+        return self.tensors[name].shape
+
+    def take(self, name: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """
+        One tensor, of this shape.
+
+        Raises:
+            ValueError: it is missing, has another shape, or was quantised.
+        """
+        self._refuse_missing(name)
+        tensor = self.tensors.pop(name)
+        if shape is not None and tensor.shape != torch.Size(shape):
+            raise ValueError(
+                f"{self.origin}: {name} has the shape {list(tensor.shape)}, where the configuration asks for "
+                f"{list(shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.origin}: {name} is of {tensor.dtype}: quantised weights cannot be converted")
+        return tensor
+
+    def take_one(self, *names: str) -> torch.Tensor:
+        """
+        A matrix that is stored under one or more of these names.
+
+        Raises:
+            ValueError: it is missing, or what the names hold differs.
+        """
+        present = [name for name in names if name in self] or [names[0]]
+        first, *others = [self.take(name) for name in present]
+        for name, other in zip(present[1:], others, strict=True):
+            if not torch.equal(first, other):
+                raise ValueError(
+                    f"{self.origin}: {present[0]} and {name} differ, but the configuration says that they are one"
+                )
+        return first
+
+    def count(self, pattern: str) -> int:
+        """How many layers there are, `pattern` being the name of a tensor of each, with {} for its number."""
+        number = 0
+        while pattern.format(number) in self:
+            number += 1
+        return number
+
+    def refuse_left_over(self) -> None:
+        """
+        Raises:
+            ValueError: some tensors have not been taken.
+        """
+        if self.tensors:
+            names = sorted(self.tensors)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"{self.origin} holds {', '.join(names[:5])}{more}, for which its configuration has no place"
+            )
+
+    def _refuse_missing(self, name: str) -> None:
+        if name not in self:
+            raise ValueError(f"{self.origin} lacks the tensor {name}")
+
+
+@torch.no_grad()
+def copy_modules(
+    model: VanillaTransformerForConditionalGeneration,
+    weights: Weights,
+    modules: Mapping[str, str],
+    has_bias: Callable[[str], bool] = lambda module: True,
+) -> None:
+    """
+    Copies weights and biases of whole modules.
+
+    Args:
+        model: takes them.
+        weights: gives them.
+        modules: the name of a module there, by its name here.
+        has_bias: whether a module there, by its name, has a bias. Where it has none it is 0 here.
+
+    Raises:
+        ValueError: as `Weights.take` does.
+    """
+    for ours, theirs in modules.items():
+        for kind, parameter in model.get_submodule(ours).named_parameters(recurse=False):
+            if kind == "bias" and not has_bias(theirs):
+                parameter.zero_()
+            else:
+                parameter.copy_(weights.take(f"{theirs}.{kind}", parameter.shape))
+
+
+def layer_modules(stack: str, layers: int, names: Mapping[str, str], theirs: str) -> dict[str, str]:
+    """
+    The modules of all layers of a stack, for `copy_modules`.
+
+    Args:
+        stack: "encoder" or "decoder".
+        layers: how many.
+        names: the name of a module within a layer there, by its name here.
+        theirs: the name of a layer there, with {} for its number.
+    """
+    return {
+        f"model.{stack}.layers.{number}.{inner}": f"{theirs.format(number)}.{name}"
+        for number in range(layers)
+        for inner, name in names.items()
+    }
+
+
+@torch.no_grad()
+def copy_tables(
+    model: VanillaTransformerForConditionalGeneration,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    output: torch.Tensor,
+    bias: torch.Tensor | None,
+    joint: "JointVocabulary | None" = None,
+) -> None:
+    """
+    Copies the embeddings, `[V, d_model]` for each side, and the output projection, with its bias, `[V]`, if it has one.
+
+    Args:
+        joint: the vocabulary of both sides where they differ. Default: every row stays at its place.
+
+    Raises:
+        ValueError: a shape is not what the model's configuration asks for.
+    """
+    if bias is None:
+        bias = torch.zeros(len(output))
+    if joint is not None:
+        joint.refuse_other_sizes(source, target, output, bias)
+        source, target = source[joint.source_rows], target[joint.target_rows]
+        output, bias = joint.spread(output, 0.0), joint.spread(bias, NEVER)
+    for name, parameter, table in (
+        ("the source embeddings", model.get_input_embeddings().weight, source),
+        ("the target embeddings", model.model.decoder.embed_tokens.weight, target),
+        ("the output projection", model.lm_head.weight, output),
+        ("the output bias", model.lm_head.bias, bias),
+    ):
+        if parameter.shape != table.shape:
+            raise ValueError(
+                f"{name} have the shape {list(table.shape)}, where the configuration and the vocabulary ask for "
+                f"{list(parameter.shape)}"
+            )
+        parameter.copy_(table)
+
+
+def refuse_other_positions(table: torch.Tensor, config: VanillaTransformerConfig, name: str) -> None:
+    """
+    Raises:
+        ValueError: a table of positions, `[L, d_model]`, does not hold the paper's sinusoids, up to float32's rounding.
+    """
+    numbers = torch.arange(len(table))
+    expected = SinusoidalPositions(config)(numbers[None], torch.float32)[0]
+    # The angle of position 5000, in single precision, is right to three places.
+    if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-2):
+        raise ValueError(f"{name} does not hold the sinusoids that the configuration says")
+
+
+class JointVocabulary(NamedTuple):
+    """
+    One numbering for a source and a target vocabulary that differ: the source's, then what only the target has.
+
+    A tokenizer has one vocabulary, so the model gets this one for both sides, and the outputs stay what they were: in a
+    source, a token that only the target has reads the embedding of the unknown token, as the framework would have it;
+    in an output, a token that only the source has can never be predicted.
+    """
+
+    tokens: list[str]
+    source_rows: torch.Tensor  # [V]: the row of each token in the source's table
+    target_rows: torch.Tensor  # [V]: likewise in the target's; the unknown token's where it has none
+    in_target: torch.Tensor  # [V]: whether the target has it
+    sizes: tuple[int, int]
+
+    def spread(self, rows: torch.Tensor, absent: float) -> torch.Tensor:
+        """A target's rows in the joint numbering, with `absent` for tokens that it lacks."""
+        mask = self.in_target.view(-1, *[1] * (rows.dim() - 1))
+        return rows[self.target_rows].masked_fill(~mask, absent)
+
+    def refuse_other_sizes(self, source: torch.Tensor, *target: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: a table has another number of rows than its vocabulary has tokens.
+        """
+        for side, size, tables in (("source", self.sizes[0], [source]), ("target", self.sizes[1], target)):
+            for table in tables:
+                if len(table) != size:
+                    raise ValueError(f"the {side} vocabulary has {size} tokens, but its table has {len(table)} rows")
+
+
+def join_vocabularies(source: list[str], target: list[str], unknown: str) -> JointVocabulary | None:
+    """
+    The vocabulary of both sides; None if they have the same one.
+
+    Args:
+        source: the token of each id. target: likewise.
+        unknown: what both call the unknown token.
+    """
+    if source == target:
+        return None
+    source_ids, target_ids = ({token: number for number, token in enumerate(side)} for side in (source, target))
+    tokens = [*source, *(token for token in target if token not in source_ids)]
+    return JointVocabulary(
+        tokens,
+        torch.tensor([source_ids.get(token, source_ids[unknown]) for token in tokens]),
+        torch.tensor([target_ids.get(token, target_ids[unknown]) for token in tokens]),
+        torch.tensor([token in target_ids for token in tokens]),
+        (len(source), len(target)),
+    )
+
+
+def refuse_duplicates(tokens: list[str], name: str | Path) -> None:
+    """
+    Raises:
+        ValueError: two ids have the same token.
+    """
+    if len(set(tokens)) < len(tokens):
+        seen: set[str] = set()
+        twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
+        raise ValueError(f"{name} holds the token {twice!r} twice")
+
+
+def pack_tokenizer(tokenizer: Tokenizer, specials: Mapping[str, str], append_eos: bool) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer that `AutoTokenizer` loads once it is saved. A special token that is written in a text is text.
+
+    Args:
+        tokenizer: splits, and joins.
+        specials: the tokens of "unk_token", "pad_token", "bos_token" and "eos_token".
+        append_eos: whether sources end with eos.
+    """
+    if append_eos:
+        eos = specials["eos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
+        )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials.values()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, split_special_tokens=True, **specials
+    )
+
+
+def word_tokenizer(tokens: list[str], unknown: str, joiner: str | None = None) -> Tokenizer:
+    """
+    Splits at spaces and looks words up.
+
+    Args:
+        tokens: the word of each id.
+        unknown: the one for all other words.
+        joiner: what ends a subword that the next one continues, such as "@@": decoding joins them.
+    """
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    spaced = decoders.Replace(Regex("$"), " ")
+    joined = [decoders.Replace(f"{joiner} ", ""), decoders.Fuse()] if joiner else [decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([spaced, *joined, decoders.Strip(" ", 0, 1)])
+    return tokenizer
+
+
+def character_tokenizer(tokens: list[str], unknown: str, space: str) -> Tokenizer:
+    """Looks characters up, `space` being what the vocabulary has for a space."""
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unknown))
+    tokenizer.normalizer = normalizers.Replace(" ", space)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(space, " ")])
+    return tokenizer
+
+
+def sentencepiece_tokenizer(path: str | Path, tokens: list[str], unknown: str) -> Tokenizer:
+    """
+    Splits as a sentencepiece model does, and looks the pieces up in a vocabulary of another order.
+
+    Args:
+        path: the `.model` file.
+        tokens: the piece of each id.
+        unknown: the one for all that the model has no piece for.
+
+    Raises:
+        ValueError: the file is no such model, or splits unknown characters into bytes.
+        ImportError: sentencepiece or protobuf is not installed.
+    """
+    # Needed here alone, and not by all who convert.
+    from google.protobuf.message import DecodeError
+    from transformers.convert_slow_tokenizer import SpmConverter
+
+    class Converter(SpmConverter):
+        def vocab(self, proto) -> list[tuple[str, float]]:
+            scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == 1}
+            return [(token, scores.get(token, UNUSED)) for token in tokens]
+
+        def unk_id(self, proto) -> int:
+            return tokens.index(unknown)
+
+    try:
+        converter = Converter(SimpleNamespace(vocab_file=str(path)))
+    except DecodeError as error:
+        raise ValueError(f"{path} is no sentencepiece model: {error}") from error
+    if converter.proto.trainer_spec.byte_fallback:
+        raise ValueError(f"{path} splits unknown characters into bytes (byte_fallback), which is not supported")
+    converter.proto.trainer_spec.unk_piece = unknown
+    return converter.converted()

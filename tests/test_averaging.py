@@ -37,7 +37,7 @@ def run_folder(tiny_model, tokenizer, tmp_path_factory) -> Path:
 
 
 def save_checkpoint(tiny_model, tokenizer, folder: Path, seed: int, **fields) -> None:
-    model = tiny_model(**fields)
+    model = tiny_model(vocab_size=len(tokenizer), **fields)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)

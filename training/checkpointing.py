@@ -9,9 +9,11 @@ that are kept, nor among those of which the mean is taken, and goes when the nex
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,9 +24,12 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
+
+from vanilla_transformer.loading_vanilla_transformer import refuse_strange_shards
 
 from .arguments import UserError
 
@@ -44,7 +49,10 @@ class CheckpointError(UserError):
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every file is there as it was written."""
+    """
+    What is wrong with a checkpoint, in words; None if every file is there as it was written, and none holds what a run
+    should not load.
+    """
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -57,6 +65,31 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes of {size}"
         if _checksum(path) != checksum:
             return f"{name} is not what was written: its checksum differs"
+    return _danger(checkpoint)
+
+
+def _danger(checkpoint: Path) -> str | None:
+    """
+    Looks into what the Trainer will load of a checkpoint, which somebody else may have made. As the Trainer does, it
+    takes only tensors and plain values from a pickle; but it says which file holds more.
+    """
+    try:
+        refuse_strange_shards(checkpoint)
+    except ValueError as error:
+        return str(error)
+    pickles = [path for kind in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{kind}")]
+    for path in sorted(pickles):
+        # That of the arguments is written for people, and never read.
+        if path.name == TRAINING_ARGS_NAME:
+            continue
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # Garbage raises whatever it comes upon first.
+        except Exception as error:
+            called = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it would run {called[1]}" if called else "it is not what torch.save writes of these"
+            return f"{path.name} holds more than tensors and numbers: {reason}"
     return None
 
 
@@ -397,7 +430,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         """
         size = sum(parameter.nbytes for parameter in self.model.parameters())
         with nullcontext() if _internal_call else writing(output_dir or self.args.output_dir, "the model", size):
-            super().save_model(output_dir, _internal_call)
+            # By an internal call only, or the stock method would push here, before the run has its scores and its card.
+            super().save_model(output_dir, _internal_call=True)
 
 
 class Bookkeeping(TrainerCallback):

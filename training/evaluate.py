@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BatchEncoding,
@@ -22,13 +24,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import vanilla_transformer  # noqa: F401  (registers the Auto classes)
+from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
+from vanilla_transformer.loading_vanilla_transformer import refuse_other_tokenizer
 
 from .arguments import DataArguments, UserError, run_program
 from .batching import batch_sizes
 from .data import DataError, load_pairs
 from .metrics import TranslationMetrics
 from .report import write_beside
+
+
+# Differences between weights and config.json that a message tells.
+SHOWN = 3
 
 
 @dataclass
@@ -56,14 +63,75 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     A saved model, ready to translate on the GPU if there is one, and its tokenizer.
 
     Raises:
-        UserError: there is no model of that name, or its files are damaged.
+        UserError: as `read_model` does.
+    """
+    model, tokenizer = read_model(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A saved model and its tokenizer, from JSON and safetensors alone: no code that comes with them is run.
+
+    Args:
+        folder: or the name of a model of the Hub.
+        options: of `from_pretrained`, fields of the config among them.
+
+    Raises:
+        UserError: there is no model of that name, its files are damaged, or they are not those of one model.
     """
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {folder!r}: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+        if kind != VanillaTransformerConfig.model_type:
+            raise ValueError(
+                f"config.json is that of a model_type {kind!r}, and {VanillaTransformerConfig.model_type!r} is needed: "
+                "scripts/convert_checkpoint.py converts some others"
+            )
+        # Sizes that differ are told below, with what else differs, in place of a table.
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, **told, **options
+        )
+        refuse_other_weights(report)
+        tokenizer = load_tokenizer(folder)
+        refuse_other_tokenizer(tokenizer, model.config)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"cannot load the model {folder!r}: {' '.join(str(error).split())}") from error
+    # What a JSON file of another form makes of transformers' loaders is anybody's guess.
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load the model {folder!r}: one of its JSON files is odd: {error!r}") from error
+    return model, tokenizer
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a folder, or of a name of the Hub. No code that comes with it is run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # The library tokenizers raises plain Exceptions.
+    except Exception as error:
+        raise UserError(f"{folder} holds no tokenizer that can be loaded: {' '.join(str(error).split())}") from error
+
+
+def refuse_other_weights(report: dict[str, Any]) -> None:
+    """
+    Looks at the `loading_info` of `from_pretrained`, which fills with random numbers what a folder does not hold, and
+    passes over what the network has no place for.
+
+    Raises:
+        ValueError: the weights are not those of the network that config.json describes.
+    """
+    wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    wrong += [f"there is no place for {name}" for name in sorted(report["unexpected_keys"])]
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        wrong.append(f"{name} is {list(stored)}, where {list(expected)} is expected")
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ValueError(f"the weights are not those of config.json: {'; '.join(wrong[:SHOWN])}{more}")
 
 
 class Hypothesis(NamedTuple):

@@ -9,6 +9,7 @@ the next token. Sizes in the comments:
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
+from .loading_vanilla_transformer import refuse_strange_shards
 from .loss_vanilla_transformer import label_smoothed_cross_entropy, projected_cross_entropy, shift_right
 from .operations_vanilla_transformer import Dropout, cast_once, fast_dropout
 from .scoring_vanilla_transformer import VanillaTransformerScoringMixin
@@ -281,6 +283,13 @@ class VanillaTransformerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **kwargs):
+        """transformers' own, after a look at which files it would open."""
+        if pretrained_model_name_or_path is not None:
+            refuse_strange_shards(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline, TextIteratorStreamer
 
+from .loading_vanilla_transformer import refuse_other_tokenizer
+
 
 # Of a generator or a dataset, so many batches of sentences are read ahead, to be sorted by their length.
 READ_AHEAD = 16
@@ -123,7 +125,8 @@ class TranslationPipeline(Pipeline):
             `required_phrases`, `forbidden_phrases`).
 
     Raises:
-        ValueError: a sentence is longer than learned positions reach, or an option does not fit.
+        ValueError: a sentence is longer than learned positions reach, an option does not fit, or the tokenizer is that
+            of another model.
         TypeError: an input is no string.
     """
 
@@ -132,6 +135,10 @@ class TranslationPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _pipeline_calls_generate = True
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        refuse_other_tokenizer(self.tokenizer, self.model.config)
 
     def __call__(self, inputs: str | Iterable[str], **options: Any) -> list | Iterator:
         # Chat templates are looked for in the first element.

@@ -1,0 +1,55 @@
+"""What is refused where a model is loaded, because transformers would take it: shards from outside the folder, and the
+tokenizer of another model.
+
+transformers itself reads weights from safetensors, and a pickle only as plain tensors (`weights_only`), so that no code
+of a folder runs; it refuses shapes that differ from those of the config.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+# A table may have unused rows at its end: fewer than this, which make their number a multiple of 8 at least, as GPUs
+# like it (`resize_token_embeddings(pad_to_multiple_of=...)`).
+MOST_UNUSED_ROWS = 128
+
+
+def refuse_strange_shards(folder: Path) -> None:
+    """
+    Looks at what an index of shards would have opened: transformers follows it out of the folder, and from safetensors
+    to pickles.
+
+    Raises:
+        ValueError: an index in the folder is none, or names a file that does not lie beside it or is of another format.
+    """
+    for index in folder.glob("*.index*.json"):
+        suffix = ".safetensors" if ".safetensors." in index.name else ".bin"
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            strange = sorted(name for name in shards if os.path.basename(name) != name or not name.endswith(suffix))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of shards: {error!r}") from error
+        if strange:
+            raise ValueError(f"{index} names {strange[0]!r}: its shards are {suffix} files that lie in its own folder")
+
+
+def refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """
+    Compares a tokenizer with the model that is to read its ids.
+
+    Raises:
+        ValueError: the model has not as many embeddings as the tokenizer has tokens, or the two mean different tokens
+            by a special one.
+    """
+    advice = "take the tokenizer that the model was trained with"
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, config.vocab_size
+    if tokens > rows or rows - tokens >= MOST_UNUSED_ROWS or (rows > tokens and rows % 8):
+        raise ValueError(f"the tokenizer has {tokens} tokens, and the model vocab_size={rows}: {advice}")
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        theirs, ours = getattr(tokenizer, name), getattr(config, name)
+        if None not in (theirs, ours) and theirs not in (ours if isinstance(ours, list) else [ours]):
+            raise ValueError(f"the tokenizer has {name}={theirs}, and the model {name}={ours}: {advice}")

@@ -79,7 +79,7 @@ def test_what_was_given_is_a_recipe_that_gives_the_same(tmp_path):
 
 
 def test_model_arguments_are_fields_of_the_config():
-    names = {field.name for field in fields(ModelArguments)} - {"attn_implementation"}
+    names = {field.name for field in fields(ModelArguments)} - {"model", "attn_implementation"}
     assert names <= set(VanillaTransformerConfig.__annotations__)
     assert all(field.default is None for field in fields(ModelArguments))
 

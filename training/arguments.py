@@ -14,7 +14,7 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,9 +36,13 @@ class ModelArguments:
     """
     The network: fields of VanillaTransformerConfig. One that is left out keeps the config's own default.
 
-    The special ids and the vocabulary's size come from the tokenizer.
+    The special ids and the vocabulary's size come from the tokenizer. `model` names a trained model to go on with: it
+    brings its own sizes, and its tokenizer.
     """
 
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hub name of a model to train further; default: a new one"}
+    )
     d_model: int | None = field(default=None, metadata={"help": "width of every token vector"})
     encoder_layers: int | None = field(default=None, metadata={"help": "depth of the encoder"})
     decoder_layers: int | None = field(default=None, metadata={"help": "depth of the decoder"})
@@ -72,7 +76,8 @@ class ModelArguments:
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as keyword arguments of VanillaTransformerConfig."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        given.pop("attn_implementation", None)
+        for name in ("model", "attn_implementation"):
+            given.pop(name, None)
         return given
 
 
@@ -218,6 +223,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "R-Drop: weight of the divergence between two passes with other dropout (the paper: 5)"},
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "train adapters of this rank beside a model's frozen weights, and merge them at the end"},
+    )
     check: bool = field(
         default=False,
         metadata={"help": "only check everything, time a few updates, say what the run will take, and write nothing"},
@@ -248,10 +257,24 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
         self._check_endings()
+        self._check_hub()
+
+    def _check_hub(self) -> None:
+        """Refuses what would put on the Hub what does not belong there."""
+        if self.hub_token is not None:
+            raise RecipeError(
+                "hub_token would be written into recipe.yaml and the model card, for everyone to read: leave it out, "
+                "and log in by `hf auth login`, or set the environment's HF_TOKEN"
+            )
+        if self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise RecipeError(
+                f"hub_strategy={self.hub_strategy.value} would push the optimizer's state and other pickles: set "
+                "every_save, which pushes the model of each checkpoint, or end"
+            )
 
     def _check_endings(self) -> None:
         """Refuses what cannot decide together which weights the run ends with."""
-        least = {"average_checkpoints": 1, "early_stopping_patience": 1, "r_drop_alpha": 0}
+        least = {"average_checkpoints": 1, "early_stopping_patience": 1, "r_drop_alpha": 0, "lora_rank": 1}
         for name, value in ((name, getattr(self, name)) for name in least):
             if value is not None and value < least[name]:
                 raise RecipeError(f"{name}={value} must be at least {least[name]}")
@@ -272,6 +295,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise RecipeError(
                 f"average_checkpoints={self.average_checkpoints} ends with one mean of weights, "
                 f"ema_decay={self.ema_decay} with another: leave one of them out"
+            )
+        if self.average_checkpoints and self.lora_rank:
+            raise RecipeError(
+                f"average_checkpoints={self.average_checkpoints} needs whole models, and checkpoints with lora_rank="
+                f"{self.lora_rank} hold adapters only: leave it out, or set ema_decay instead"
             )
         if self.average_checkpoints and self.save_strategy == "no":
             raise RecipeError(
@@ -340,6 +368,17 @@ def parse_recipe(argv: list[str]) -> Recipe:
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    if model.model:
+        if tokenizer.tokenizer:
+            raise RecipeError(
+                f"tokenizer={tokenizer.tokenizer} does not go with model={model.model}, which brings its own: leave it "
+                "out"
+            )
+        tokenizer.tokenizer = model.model
+    elif training.lora_rank:
+        raise RecipeError(
+            f"lora_rank={training.lora_rank} adapts a model that is there already: name it by model, or leave it out"
+        )
     if data.streaming:
         _check_streaming(data, training)
     if data.bpe_dropout and not tokenizer.tokenizer and tokenizer.tokenizer_model != "bpe":

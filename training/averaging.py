@@ -106,8 +106,8 @@ class ExponentialMean(TrainerCallback):
         self.mean: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Takes the weights to follow; those that are shared count once."""
-        self.weights = dict(model.named_parameters())
+        """Takes the weights to follow, which are trained; those that are shared count once."""
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         # A run that resumes has loaded its mean by now.
         start = self.mean or self.weights
         self.mean = {name: start[name].detach().to(weight.device, copy=True) for name, weight in self.weights.items()}

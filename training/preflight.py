@@ -473,7 +473,8 @@ def check_disk(run: Run, plan: Plan) -> Iterator[Finding]:
     """Whether the checkpoints that are kept, the one being written, and the model itself find room."""
     args = run.recipe.training
     weights = run.model.get_memory_footprint(return_buffers=False)
-    checkpoint = weights * (1 + (args.ema_decay is not None))
+    # Of what is trained: with adapters, these.
+    checkpoint = optimizer_bytes(run.model) // 2 * (1 + (args.ema_decay is not None))
     if not args.save_only_model:
         checkpoint += optimizer_bytes(run.model)
     limit = args.save_total_limit + 1 if args.save_total_limit else math.inf

@@ -122,6 +122,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     train.add_argument("--cells", nargs="+", choices=list(CELLS), help="sizes (default: tiny base; on a GPU big too)")
     train.add_argument("--updates", type=positive, help="updates in a turn (default: tiny 10, base and big 2)")
     train.add_argument("--warmup", type=positive, help="updates before the first (default: tiny 5, base and big 1)")
+    train.add_argument("--preload", help="LD_PRELOAD of ours: an allocator, e.g. libtcmalloc_minimal.so.4")
     train.add_argument(
         "--loss_tokens", type=positive, help="compare tiny's losses after so many target tokens instead of the speed"
     )
@@ -160,6 +161,7 @@ def compare_training(options: argparse.Namespace) -> None:
         raise UserError("--loss_tokens compares the losses of tiny, which has real text: leave --cells out")
     if "tiny" in cells and not options.multi30k_dir:
         raise UserError(f"the cell tiny needs {MULTI30K}, or leave the cell out by --cells base")
+    check_preload(options.preload)
     recipes = {name: recipe_of(name, options) for name in cells}
 
     # 2. measurements
@@ -184,6 +186,16 @@ def check_machine(options: argparse.Namespace) -> None:
         raise UserError(f"output={options.output}: there is no such folder to write it in")
     options.threads = options.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(options.threads)
+
+
+def check_preload(library: str | None) -> None:
+    """Raises UserError if the loader finds no such library: it only warns, and goes on without it."""
+    from vanilla_transformer.training.arguments import UserError
+
+    environment = {**os.environ, "LD_PRELOAD": library or ""}
+    loaded = subprocess.run([sys.executable, "-S", "-c", ""], env=environment, capture_output=True, text=True)
+    if warning := loaded.stderr.strip():
+        raise UserError(f"preload={library}: {warning.splitlines()[0]}")
 
 
 def tell(name: str, table: str, results: dict[str, Any], options: argparse.Namespace) -> None:
@@ -351,13 +363,16 @@ def contenders(cell: str) -> list[Contender]:
     return found
 
 
-def start(contender: Contender, recipe: list[str], folder: Path, threads: int, max_steps: int, **orders: int) -> Worker:
+def start(
+    contender: Contender, recipe: list[str], folder: Path, options: argparse.Namespace, max_steps: int, **orders: int
+) -> Worker:
     """A worker that trains as `contender` does."""
     bf16 = contender.dtype == "bfloat16"
     told = {"output_dir": folder, "max_steps": max_steps, "bf16": bf16, "torch_compile": contender.compiled}
     argv = recipe + [word for name, value in told.items() for word in (f"--{name}", str(value))]
     job = {"recipe": argv, "folder": str(folder), "contender": contender, "orders": orders}
-    return Worker(job, threads)
+    preloaded = contender.side == "ours" and options.preload
+    return Worker(job, options.threads, **({"LD_PRELOAD": options.preload} if preloaded else {}))
 
 
 def take_turns(
@@ -394,7 +409,7 @@ def compare_speed(cell: str, recipe: list[str], folder: Path, options: argparse.
         for dtype, rates in ceilings.items():
             rates.append(matmul_rate(dtype))
 
-    starts = [partial(start, contender, recipe, folder, options.threads, **orders) for contender in found]
+    starts = [partial(start, contender, recipe, folder, options, **orders) for contender in found]
     # In a last turn they tell what memory they took.
     reports = take_turns(cell, starts, options.rounds + 1, measure_ceilings)
     entries = [
@@ -449,7 +464,7 @@ def compare_losses(cell: str, recipe: list[str], folder: Path, options: argparse
     for contender in tqdm(found, desc=f"{cell}, losses", disable=None):
         # Every update has at least one token, so the tokens end the run before its steps do.
         orders = {"max_steps": options.loss_tokens, "loss_tokens": options.loss_tokens}
-        with start(contender, recipe, folder, options.threads, **orders) as worker:
+        with start(contender, recipe, folder, options, **orders) as worker:
             entries.append({**contender._asdict(), **worker.report()})
     return {"loss_tokens": options.loss_tokens, "contenders": entries}
 

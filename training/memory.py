@@ -1,6 +1,7 @@
 """Keeps the process's memory between updates (glibc's mallopt(3))."""
 
 import ctypes
+import os
 import platform
 
 
@@ -14,12 +15,12 @@ def hold_memory() -> bool:
     megabytes, and each fresh page costs a fault and its clearing.
 
     Same as starting with `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`, for this process alone. The process stays as
-    large as it ever was.
+    large as it ever was. A preloaded allocator (docs/training.md) has ways of its own, and is left alone.
 
     Returns:
-        Whether it was done: False where the C library is not glibc.
+        Whether it was done: False where the C library is not glibc, or something is preloaded.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # No block by mmap, which a free would unmap; and a heap whose free top is never cut off.

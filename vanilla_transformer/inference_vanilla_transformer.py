@@ -34,6 +34,9 @@ _PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Linear = Callable[[torch.Tensor], torch.Tensor]
 
+# Multiplications up to which a call of oneDNN takes longer than torch's plain product takes in all.
+_FEW_PRODUCTS = 2**18
+
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False) -> _Linear:
     """
@@ -53,8 +56,23 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, rel
     packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 64), bias.to(dtype)
     product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
     if dtype == torch.float32:
-        return lambda x: product(x, packed, bias, after, [], "")
+        return _float32_linear(weight.float(), packed, bias, relu)
     return lambda x: product(x.to(dtype), packed, bias, after, [], "").float()
+
+
+def _float32_linear(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linear:
+    """By oneDNN; where there is little to multiply, without its overhead."""
+    product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
+    few = _FEW_PRODUCTS // len(weight)
+    if few < weight.shape[1]:
+        return lambda x: product(x, packed, bias, after, [], "")
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > few:
+            return product(x, packed, bias, after, [], "")
+        return F.linear(x, weight, bias).relu_() if relu else F.linear(x, weight, bias)
+
+    return linear
 
 
 def _plain_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool) -> _Linear:
@@ -198,9 +216,9 @@ class TargetCache:
         return self._append(self.keys[layer], key), self._append(self.values[layer], value)
 
     def _append(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows, heads, capacity, width = states.shape
-        states[:, :, self.length - new.shape[1] : self.length] = new.transpose(1, 2)
-        return states.view(rows * heads, capacity, width)[:, : self.length]
+        width = new.shape[1]
+        states.narrow(2, self.length - width, width).copy_(new.transpose(1, 2))
+        return states.flatten(0, 1).narrow(1, 0, self.length)
 
     def mask_for_heads(self) -> torch.Tensor | None:
         """The mask for `attend`, `[B * H, W, N]`."""
@@ -260,7 +278,7 @@ class DecoderState:
 
         self.cross = [(kept(keys), kept(values)) for keys, values in self.cross]
         self.source_mask = None if self.source_mask is None else kept(self.source_mask)
-        self.target.keep(rows_of(sentences, len(self.target.keys[0]) // self.sentences))
+        self.target.keep(rows_of(sentences, self.target.keys[0].shape[0] // self.sentences))
         if isinstance(self.position, torch.Tensor):
             self.position = self.position[sentences]
         self.sentences = len(sentences)
@@ -296,9 +314,14 @@ class _Layer:
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys `[B, L, H, d_k]`, values `[B, L, H, d_v]` of `[B, L, d_model]`."""
+        rows, length, _ = x.shape
         queries = self.heads * self.d_k
-        query, key, value = self.qkv(x).split((queries, queries, self.heads * self.d_v), dim=-1)
-        return tuple(states.unflatten(-1, (self.heads, -1)) for states in (query, key, value))  # type: ignore
+        query, key, value = self.qkv(x).split_with_sizes((queries, queries, self.heads * self.d_v), dim=-1)
+        return (
+            query.view(rows, length, self.heads, self.d_k),
+            key.view(rows, length, self.heads, self.d_k),
+            value.view(rows, length, self.heads, self.d_v),
+        )
 
 
 class _EncoderLayer(_Layer):
@@ -350,27 +373,28 @@ class _DecoderLayer(_Layer):
 
         def cross_attention(x: torch.Tensor) -> torch.Tensor:
             keys, values = state.cross[index]
-            query = self._rows_of_heads(self.cross_query(x).unflatten(-1, (self.heads, -1)), keys)
+            query = self._rows_of_heads(self.cross_query(x).view(*beams, self.heads, self.d_k), keys)
             context, weights = attend(query, keys, values, state.source_mask)
             if record is not None:
                 record.append(weights.float().unflatten(0, (-1, self.heads)))
             return self.cross_out(self._concatenated(context, beams))
 
         # Of the cache's rows: [B, W], or [B * W, 1] where every hypothesis has a row of its own.
-        rows = (len(state.target.keys[0]), x.shape[0] * x.shape[1] // len(state.target.keys[0]))
+        rows = (state.target.keys[0].shape[0], x.shape[0] * x.shape[1] // state.target.keys[0].shape[0])
         x = self.residual(x, self.self_norm, self_attention)
         x = self.residual(x, self.cross_norm, cross_attention)
         return self.residual(x, self.final_norm, self.feed_forward)
 
     def _rows_of_heads(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """`[B, W, H, d_k]` -> `[B * H, W, d_k]`, in the dtype of the keys."""
-        query = query.transpose(1, 2).to(keys.dtype, memory_format=torch.contiguous_format)
-        return query.reshape(-1, query.shape[2], self.d_k)
+        query = query.transpose(1, 2).reshape(-1, query.shape[1], self.d_k)
+        return query if query.dtype == keys.dtype else query.to(keys.dtype)
 
     def _concatenated(self, context: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """`[B * H, W, d_v]` -> `[B, W, H * d_v]`, in float32."""
         context = context.view(rows[0], self.heads, rows[1], self.d_v).transpose(1, 2)
-        return context.to(torch.float32, memory_format=torch.contiguous_format).reshape(rows[0], rows[1], -1)
+        context = context.reshape(rows[0], rows[1], self.heads * self.d_v)
+        return context if context.dtype == torch.float32 else context.float()
 
 
 class PackedTransformer:
@@ -456,7 +480,7 @@ class PackedTransformer:
             encodings = self._positions(int(position.max()))[position]  # [B, 1, d_model]
         state.position = position + 1
         x = F.embedding(tokens, self.decoder.embed_tokens.weight).float() * self.decoder.embed_scale + encodings
-        state.target.make_room(tokens.numel() // len(state.target.keys[0]))
+        state.target.make_room(tokens.numel() // state.target.keys[0].shape[0])
         mask = state.target.mask_for_heads()
         last = len(self.decoder_layers) - 1
         for index, layer in enumerate(self.decoder_layers):

@@ -136,6 +136,6 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total):
-        """Scales what the forward pass left."""
-        grads = ((grad_total * grad).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *grads, None, None, None
+        """Scales what the forward pass left, in place: a copy of the matrix's gradient would be the peak of memory."""
+        scaled = (grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *scaled, None, None, None

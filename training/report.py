@@ -2,18 +2,32 @@
 
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 from babel import Locale, UnknownLocaleError
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .arguments import UserError
+
 
 METRICS = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "exact_match": "Exact match"}
+
+# Sections of a card whose figures were measured or counted; those of the network are its configuration.
+MEASURED = ("Data", "Results", "Training")
+# Not part of a name, such as Multi30k.
+NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
+CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
+
+
+class CardError(UserError):
+    """A model card that the Hub does not understand, or that claims what the run has not measured."""
 
 
 def write_beside(path: str | Path, text: str) -> None:
@@ -127,10 +141,10 @@ def draw_alignment(
 def model_card(
     model: PreTrainedModel,
     languages: tuple[str | None, str | None],
-    data_name: str,
     metrics: dict[str, Any],
     recipe: str,
     model_path: str,
+    hub_model_id: str | None = None,
 ) -> ModelCard:
     """
     Fills the template in model_cards/ from a run.
@@ -138,20 +152,23 @@ def model_card(
     Args:
         model: the trained model.
         languages: codes of source and target, if the run knows them.
-        data_name: what it was trained on.
         metrics: the run's metrics.json; the card claims no figure that is not in it.
         recipe: the resolved recipe as YAML.
         model_path: what to pass to `from_pretrained`.
+        hub_model_id: the model's name on the Hub, as far as it is known. Pushing writes the true one.
     """
-    scores = metrics["scores"]
+    scores, data_name = metrics["scores"], metrics["data_name"]
     results = [
         {"type": name, "name": title, "value": scores[name], "signature": scores.get(f"{name}_signature")}
         for name, title in METRICS.items()
         if name in scores
     ]
     name = Path(model_path).name
+    codes = [code for code in languages if code]
     card_data = ModelCardData(
-        language=[language for language in languages if language] or None,
+        # The Hub knows languages by their ISO 639 codes, and leaves regions and scripts to the other field.
+        language=[re.split("[-_]", code)[0].lower() for code in codes] or None,
+        language_bcp47=[code.replace("_", "-") for code in codes] if any(re.search("[-_]", c) for c in codes) else None,
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="translation" if all(languages) else "text2text-generation",
@@ -166,13 +183,11 @@ def model_card(
         template_str=(files("vanilla_transformer.model_cards") / "template.md").read_text(encoding="utf-8"),
         title=name,
         config=model.config,
-        parameters=model.num_parameters(),
-        languages=[language_name(code) for code in languages if code] if all(languages) else None,
-        data_name=data_name,
+        languages=[language_name(code) for code in codes] if all(languages) else None,
         results=results,
         recipe=recipe,
         model_path=model_path,
-        num_beams=model.generation_config.num_beams,
+        hub_model_id=hub_model_id or f"NAME/{name}",
         **metrics,
     )
 
@@ -188,3 +203,72 @@ def _eval_result(result: dict[str, Any], data_name: str, split: str) -> EvalResu
         metric_value=round(result["value"], 2),
         metric_config=result["signature"],
     )
+
+
+def read_card(path: str | Path, metrics: dict[str, Any]) -> ModelCard:
+    """
+    Reads a model card, and checks it.
+
+    Args:
+        path: the card, as a run writes it or as somebody has edited it since.
+        metrics: the run's metrics.json.
+
+    Raises:
+        CardError: its metadata is not what the Hub reads, or a figure of its metadata, of its number of parameters, or
+            of its sections Data, Results and Training is not in `metrics`.
+    """
+    try:
+        # huggingface_hub's own parser, which tells of a broken model-index by a ValueError.
+        card = ModelCard.load(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise CardError(f"the metadata of {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not card.data.get("eval_results"):
+        raise CardError(f"{path} has no model-index in its metadata, which says what the model scored")
+    if claims := list(unfounded(card, metrics)):
+        raise CardError(f"{path} claims what metrics.json does not hold: {', '.join(claims)}")
+    return card
+
+
+def unfounded(card: ModelCard, metrics: dict[str, Any]) -> Iterator[str]:
+    """What a card claims and its metrics.json does not hold, in words."""
+    scores = metrics["scores"]
+    for result in card.data.get("eval_results"):
+        name, value, signature = result.metric_type, result.metric_value, result.metric_config
+        if name not in scores or value != round(scores[name], 2) or signature != scores.get(f"{name}_signature"):
+            yield f"{name} {value} ({signature or 'no signature'}) in model-index"
+    for section in MEASURED:
+        text = _section(card.text, section)
+        for cells in (re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")):
+            for name, title in METRICS.items():
+                if cells[1].strip() == title and cells[2:4] != _table_cells(name, scores):
+                    yield f"{title} {' '.join(cell.strip() for cell in cells[2:4])} in the section {section}"
+        for number in NUMBER.findall(CODE.sub(" ", text)):
+            if number not in _figures(metrics):
+                yield f"{number} in the section {section}"
+    for number in re.findall(r"([\d,.]+) parameters", card.text):
+        if number != f"{metrics.get('parameters', 0):,}":
+            yield f"{number} parameters"
+
+
+def _section(text: str, title: str) -> str:
+    """The text under a heading of the second level."""
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def _table_cells(name: str, scores: dict[str, Any]) -> list[str]:
+    """Score and signature as the template writes them into the table of results."""
+    if name not in scores:
+        return []
+    signature = scores.get(f"{name}_signature", "").replace("|", "\\|")
+    return [f" {scores[name]:.2f} ", f" `{signature}` " if signature else "  "]
+
+
+def _figures(value: Any) -> set[str]:
+    """Every number in a metrics.json, written as the template writes numbers."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return set().union(*map(_figures, parts))
+    if isinstance(value, int | float):
+        return {f"{value:,}", f"{value:.1f}", f"{value:.2f}"}
+    return set(NUMBER.findall(str(value)))

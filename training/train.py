@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from vanilla_transformer import (
     VanillaTransformerConfig,
@@ -20,13 +21,15 @@ from vanilla_transformer import (
     train_tokenizer,
 )
 
+from .adapters import add_adapters, merge_adapters
 from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe, run_program
 from .averaging import last_checkpoints, load_average
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .checkpointing import damage, newest_checkpoint, settle
 from .data import DataError, language_pair, load_pairs, tokenize_pairs, training_texts
-from .evaluate import format_scores, load_model, score_texts, translate
+from .evaluate import format_scores, load_model, load_tokenizer, read_model, score_texts, translate
 from .filters import FilterReport
+from .hub import HubError
 from .memory import hold_memory
 from .preflight import Run, check_inputs, check_plan, rehearse, require
 from .report import draw_loss_curve, machine, model_card, write_beside
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # Translations shown at the end of a run.
 SHOWN = 5
+# What a run may change of a model that it trains further: the rest is what the weights were made for.
+CHANGEABLE = ("dropout", "attention_dropout", "activation_dropout", "label_smoothing")
 
 
 def main(argv: list[str]) -> None:
@@ -46,6 +51,8 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(argv)
     args = recipe.training
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.should_log else logging.ERROR)
+    # Every request to the Hub is a line of it.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     checkpoint = checkpoint_to_resume(args)
     set_seed(args.seed)
     if args.use_cpu and args.hold_memory and hold_memory():
@@ -84,6 +91,8 @@ def main(argv: list[str]) -> None:
         # What marks the folder as a run's.
         write_beside(Path(args.output_dir, "recipe.yaml"), resolved(recipe))
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.lora_rank:
+        merge_adapters(trainer)
     trainer.save_model()
 
     # 5. what the model can do, in figures and words: one process alone, from the saved files, since a model that is
@@ -136,21 +145,14 @@ def prepare_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizer
     """
     folder, check = Path(recipe.training.output_dir), recipe.training.check
     if (folder / "recipe.yaml").exists() or (recipe.training.process_index > 0 and not check):
-        return AutoTokenizer.from_pretrained(folder)
-    tokenizer = load_tokenizer(recipe) if recipe.tokenizer.tokenizer else learn_tokenizer(recipe, pairs)
+        return load_tokenizer(str(folder))
+    named = recipe.tokenizer.tokenizer
+    tokenizer = load_tokenizer(named) if named else learn_tokenizer(recipe, pairs)
     if recipe.data.bpe_dropout:
         BpeDropout(tokenizer, recipe.data.bpe_dropout)  # refuses a tokenizer of another kind, before the run begins
     if not check:
         tokenizer.save_pretrained(folder)
     return tokenizer
-
-
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer that the recipe names."""
-    try:
-        return AutoTokenizer.from_pretrained(recipe.tokenizer.tokenizer)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"tokenizer={recipe.tokenizer.tokenizer} cannot be loaded: {error}") from error
 
 
 def learn_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
@@ -197,18 +199,9 @@ def prepare_rows(
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
-    """A new model of the recipe's sizes, with the tokenizer's ids and the recipe's way to decode."""
-    config = VanillaTransformerConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.bos_token_id,
-        # For sentences the plain attention is the fastest one on a CPU, where sdpa's backward in bfloat16 crawls.
-        attn_implementation=recipe.model.attn_implementation or ("eager" if recipe.training.use_cpu else None),
-        **recipe.model.config_fields(),
-    )
-    model = VanillaTransformerForConditionalGeneration(config)
+    """The recipe's model, a new one of its sizes unless it names one, with its way to decode."""
+    named = recipe.model.model
+    model = read_named_model(recipe, named) if named else new_model(recipe, tokenizer)
     try:
         model.generation_config.update(
             num_beams=recipe.decoding.num_beams,
@@ -217,7 +210,42 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTr
         )
     except ValueError as error:
         raise RecipeError(f"no translations can be made so: {error}") from error
+    return add_adapters(model, recipe.training.lora_rank) if recipe.training.lora_rank else model
+
+
+def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForConditionalGeneration:
+    """
+    The model that the recipe trains further, in float32, with the recipe's dropout and label smoothing.
+
+    Raises:
+        RecipeError: the recipe asks for another network than the model is.
+    """
+    given = recipe.model.config_fields()
+    changed = {name: given.pop(name) for name in CHANGEABLE if name in given}
+    model, _ = read_model(folder, dtype=torch.float32, attn_implementation=attention(recipe), **changed)
+    for name, value in given.items():
+        if (its := getattr(model.config, name)) != value:
+            raise RecipeError(f"{name}={value}, but model={folder} has {name}={its}: leave it out")
     return model
+
+
+def attention(recipe: Recipe) -> str | None:
+    """For sentences the plain attention is the fastest one on a CPU, where sdpa's backward in bfloat16 crawls."""
+    return recipe.model.attn_implementation or ("eager" if recipe.training.use_cpu else None)
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
+    """A model of the recipe's sizes, with the tokenizer's ids."""
+    config = VanillaTransformerConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.bos_token_id,
+        attn_implementation=attention(recipe),
+        **recipe.model.config_fields(),
+    )
+    return VanillaTransformerForConditionalGeneration(config)
 
 
 def with_bpe_dropout(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> BpeDropoutRows:
@@ -264,9 +292,13 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     sources, references = list(pairs[split]["source"]), list(pairs[split]["target"])
     translations = translate(model, tokenizer, sources, recipe.training.per_device_eval_batch_tokens)
     scores = score_texts(translations, references, recipe.decoding.bleu_tokenize)
+    files = ", ".join(Path(path).name for path in recipe.data.train_file or [])
     metrics: dict[str, Any] = {
         "scored_split": split,
         "scores": scores,
+        "num_beams": model.generation_config.num_beams,
+        "parameters": model.num_parameters(),
+        "data_name": recipe.data.data_name or recipe.data.dataset or files,
         "rows": {name: len(rows) for name, rows in pairs.items() if isinstance(rows, Dataset)},
         "training": training_summary(trainer),
         "example_source": sources[0],
@@ -275,17 +307,34 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     write_beside(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
-    files = ", ".join(Path(path).name for path in recipe.data.train_file or [])
-    data_name = recipe.data.data_name or recipe.data.dataset or files
     # Anew, because a run that resumes may have been told otherwise.
     write_beside(folder / "recipe.yaml", resolved(recipe))
-    card = model_card(model, language_pair(recipe.data), data_name, metrics, resolved(recipe), str(folder))
+    hub_model_id = recipe.training.hub_model_id
+    card = model_card(model, language_pair(recipe.data), metrics, resolved(recipe), str(folder), hub_model_id)
     write_beside(folder / "README.md", str(card))
     print(f"\n{split} set, {len(sources)} pairs\n{format_scores(scores)}\n")
     for source, translation, reference in list(zip(sources, translations, references, strict=True))[:SHOWN]:
         verdict = "" if translation == reference else f"   (reference: {reference})"
         print(f"  {source}  ->  {translation}{verdict}")
     print(f"\nThe model, its scores, loss curve and card are in {folder}")
+    if recipe.training.push_to_hub:
+        publish(trainer)
+
+
+def publish(trainer: TranslationTrainer) -> None:
+    """
+    Pushes the finished run.
+
+    Raises:
+        HubError: it could not be pushed; the run's folder is whole.
+    """
+    folder = trainer.args.output_dir
+    try:
+        pushed = trainer.push_to_hub()
+    except HubError as error:
+        later = f"python scripts/push_to_hub.py {folder} {trainer.hub_model_id}"
+        raise HubError(f"{error}. The run itself is whole in {folder}; `{later}` pushes it") from error
+    print(f"and at {pushed.repo_url}, revision {pushed.oid}")
 
 
 def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers.utils import PushInProgress
 
 from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
 
@@ -23,7 +25,8 @@ from .arguments import RecipeError, TrainingArguments
 from .averaging import ExponentialMean
 from .batching import TokenBudgetBatches, token_budget
 from .bpe_dropout import BpeDropoutRows
-from .checkpointing import ResumableTrainer
+from .checkpointing import CheckpointError, ResumableTrainer
+from .hub import create_repository, push_checkpoint, push_run
 from .metrics import TranslationMetrics
 from .r_drop import symmetric_divergence
 from .streaming import StreamedBatches
@@ -35,17 +38,19 @@ class TranslationTrainer(ResumableTrainer):
     loop averages over sentences the means of their batches, and its perplexity is reported beside it.
 
     Raises:
-        RecipeError: `ema_decay` with a model that is sharded over the processes.
+        RecipeError: `ema_decay` or `lora_rank` with a model that is sharded over the processes.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         decay = self.args.ema_decay
-        if decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise RecipeError(
-                f"ema_decay={decay} needs every process to hold the whole model: leave it out, or train without FSDP "
-                "and DeepSpeed"
-            )
+        for name in ("ema_decay", "lora_rank"):
+            value = getattr(self.args, name)
+            if value is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                raise RecipeError(
+                    f"{name}={value} needs every process to hold the whole model: leave it out, or train without FSDP "
+                    "and DeepSpeed"
+                )
         self.ema = None if decay is None else ExponentialMean(decay)
         if self.ema:
             self.add_callback(self.ema)
@@ -242,10 +247,55 @@ class TranslationTrainer(ResumableTrainer):
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """The best checkpoint stores shared tensors once: their other names are not missing."""
+        """
+        Refuses what the stock method warns of. Shared tensors are stored once: their other names are not missing.
+
+        Raises:
+            CheckpointError: the checkpoint holds other tensors than the model has.
+        """
         tied = self.model.all_tied_weights_keys
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result)
+        missing = [f"{name} is missing" for name in load_result.missing_keys if name not in tied]
+        if wrong := missing + [f"there is no place for {name}" for name in load_result.unexpected_keys]:
+            raise CheckpointError(f"the checkpoint holds the weights of another model: {wrong[0]}")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Makes sure, before the first update, of the repository that `push_to_hub=True` asks for.
+
+        Raises:
+            HubError: the Hub cannot be reached or refuses.
+        """
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self.hub_model_id = create_repository(name, self.args.hub_private_repo)
+            self.push_in_progress = None
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> CommitInfo:
+        """
+        Pushes the run's folder as it is, when the run has ended and its scores and card are there.
+
+        Raises:
+            HubError: as `push_run` does.
+        """
+        self._finish_current_push()
+        return push_run(
+            self.args.output_dir, self.hub_model_id, revision=self.args.hub_revision, message=commit_message
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The checkpoint's model, where the stock method sends the run's whole folder and a pickle of its arguments."""
+        args = self.args
+        # Adapters alone are no model: they go up when they are merged, at the end.
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or args.lora_rank:
+            return
+        before = self.push_in_progress or PushInProgress()
+        under_way = [job for job in before.jobs if not job.done()]
+        if under_way and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        message = f"Training in progress, update {self.state.global_step}"
+        job = push_checkpoint(checkpoint_folder, self.hub_model_id, args.hub_revision, message)
+        self.push_in_progress = PushInProgress([*under_way, job])
 
 
 class Clock(TrainerCallback):

@@ -134,6 +134,10 @@ class VanillaTransformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt_fields(kwargs)
+        if __package__ == "vanilla_transformer":
+            # A repository that brings its own pipeline, for users without this package. This package has it: else
+            # transformers would ask to trust the repository's code.
+            kwargs.pop("custom_pipelines", None)
         if self.decoder_vocab_size is None:
             self.decoder_vocab_size = self.vocab_size
         super().__post_init__(**kwargs)

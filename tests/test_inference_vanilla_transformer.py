@@ -88,17 +88,20 @@ def test_learned_positions_end_in_the_model_s_error(tiny_model, source):
         model.generate(**source, max_length=50)
 
 
+# Little work, more than is little, and more than is little for one row.
+@pytest.mark.parametrize(("rows", "inside", "out"), [(5, 17, 33), (400, 17, 33), (2, 400, 700)])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("compute_type", TYPES)
 @torch.inference_mode()
-def test_a_packed_product_is_the_product(compute_type, relu):
+def test_a_packed_product_is_the_product(compute_type, relu, rows, inside, out):
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(33, 17, generator=generator), torch.randn(33, generator=generator)
-    x = torch.randn(2, 5, 17, generator=generator)
+    weight, bias = torch.randn(out, inside, generator=generator), torch.randn(out, generator=generator)
+    weight *= (17 / inside) ** 0.5  # sums of one size
+    x = torch.randn(2, rows, inside, generator=generator)
     expected = x.double() @ weight.double().T + bias.double()
     expected = expected.relu() if relu else expected
     # 24 bits; 8 bits; 7 or 8 bits for weights and states.
-    tolerance = {"float32": 1e-5, "bfloat16": 0.1, "int8": 0.3}[compute_type]
+    tolerance = {"float32": 2e-5, "bfloat16": 0.15, "int8": 0.4}[compute_type]
     for function in (pack_linear, *([inference._plain_linear] if compute_type != "int8" else [])):
         result = function(weight, bias, compute_type, relu)(x)
         assert result.dtype == torch.float32

@@ -21,6 +21,8 @@ METRICS = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "exact_match": "Exact m
 
 # Sections of a card whose figures were measured or counted; those of the network are its configuration.
 MEASURED = ("Data", "Results", "Training")
+# What of a metrics.json they tell, beside its scores.
+COUNTED = ("num_beams", "data_name", "rows", "training")
 # Not part of a name, such as Multi30k.
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
@@ -232,6 +234,8 @@ def read_card(path: str | Path, metrics: dict[str, Any]) -> ModelCard:
 def unfounded(card: ModelCard, metrics: dict[str, Any]) -> Iterator[str]:
     """What a card claims and its metrics.json does not hold, in words."""
     scores = metrics["scores"]
+    measured = [value for value in scores.values() if not isinstance(value, str)]
+    known = _figures([measured, *(metrics.get(name) for name in COUNTED)])
     for result in card.data.get("eval_results"):
         name, value, signature = result.metric_type, result.metric_value, result.metric_config
         if name not in scores or value != round(scores[name], 2) or signature != scores.get(f"{name}_signature"):
@@ -243,7 +247,7 @@ def unfounded(card: ModelCard, metrics: dict[str, Any]) -> Iterator[str]:
                 if cells[1].strip() == title and cells[2:4] != _table_cells(name, scores):
                     yield f"{title} {' '.join(cell.strip() for cell in cells[2:4])} in the section {section}"
         for number in NUMBER.findall(CODE.sub(" ", text)):
-            if number not in _figures(metrics):
+            if number not in known:
                 yield f"{number} in the section {section}"
     for number in re.findall(r"([\d,.]+) parameters", card.text):
         if number != f"{metrics.get('parameters', 0):,}":
@@ -265,7 +269,7 @@ def _table_cells(name: str, scores: dict[str, Any]) -> list[str]:
 
 
 def _figures(value: Any) -> set[str]:
-    """Every number in a metrics.json, written as the template writes numbers."""
+    """Every number in a part of a metrics.json, written as the template writes numbers."""
     if isinstance(value, dict | list):
         parts = value.values() if isinstance(value, dict) else value
         return set().union(*map(_figures, parts))

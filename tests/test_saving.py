@@ -189,9 +189,9 @@ for folder in sys.argv[1:]:
     outputs = model(input_ids=source, decoder_input_ids=target, labels=target)
     outputs.loss.backward()
     gradient = model.lm_head.weight.grad.full_tensor()
-    greedy = model.generate(source, num_beams=1, max_length=12)
+    found = [model.generate(source, num_beams=beams, max_length=12) for beams in (1, 3)]
     if torch.distributed.get_rank() == 0:
-        torch.save((outputs.logits, gradient, greedy), f"{folder}.pt")
+        torch.save((outputs.logits, gradient, found), f"{folder}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -212,7 +212,7 @@ class TestParallelPlans:
         assert {replace_layer_number_by_wildcard(name) for name in matrices} == set(model.tp_plan)
 
     def test_two_ranks_compute_what_one_computes(self, tiny_model, tmp_path):
-        """Tensor parallelism over two processes on the CPU: logits, gradients and greedy output."""
+        """Tensor parallelism over two processes on the CPU: logits, gradients, and what is generated."""
         models = {
             "shared": tiny_model(vocab_size=60),
             "separate": tiny_model(vocab_size=60, share_encoder_decoder_embeddings=False, d_kv=6, d_v=10),
@@ -224,12 +224,13 @@ class TestParallelPlans:
         launch = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
         run_python(launch, "--standalone", "--nproc-per-node", "2", program, *models, cwd=tmp_path)
         for name, model in models.items():
-            logits, gradient, greedy = torch.load(tmp_path / f"{name}.pt")
+            logits, gradient, found = torch.load(tmp_path / f"{name}.pt")
             outputs = model(input_ids=SOURCE, decoder_input_ids=TARGET, labels=TARGET)
             outputs.loss.backward()
             torch.testing.assert_close(logits, outputs.logits, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(gradient, model.lm_head.weight.grad, atol=1e-5, rtol=1e-4)
-            assert torch.equal(greedy, model.generate(SOURCE, num_beams=1, max_length=12))
+            for beams, sequences in zip((1, 3), found, strict=True):
+                assert torch.equal(sequences, model.generate(SOURCE, num_beams=beams, max_length=12))
 
 
 def test_a_folder_with_code_loads_where_the_package_is_unknown(tiny_model, tmp_path):

@@ -243,9 +243,9 @@ def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
 
 def make_trainer(model, rows, folder, **options) -> TranslationTrainer:
     args = TrainingArguments(
-        output_dir=str(folder), report_to="none", eval_strategy="no", load_best_model_at_end=False, learning_rate=0.1,
+        output_dir=str(folder), eval_strategy="no", load_best_model_at_end=False, learning_rate=0.1,
         optim="sgd", lr_scheduler_type="constant", warmup_steps=0, disable_tqdm=True,
-        **{"train_sampling_strategy": "sequential", "save_strategy": "no", **options},
+        **{"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none", **options},
     )  # fmt: skip
     # It only pads, with 0 and -100.
     collator = DataCollatorForSeq2Seq(train_tokenizer(["text"], 300))

@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 
@@ -257,6 +258,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
         self._check_endings()
+        self._check_trackers()
         self._check_hub()
 
     def _check_hub(self) -> None:
@@ -271,6 +273,15 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 f"hub_strategy={self.hub_strategy.value} would push the optimizer's state and other pickles: set "
                 "every_save, which pushes the model of each checkpoint, or end"
             )
+
+    def _check_trackers(self) -> None:
+        """Refuses a tracker that is unknown or not installed: transformers would say so when everything is prepared."""
+        installed = get_available_reporting_integrations()
+        for name in self.report_to or []:
+            if name not in installed:
+                raise RecipeError(
+                    f"report_to={name} is no tracker that is installed here: choose among {', '.join(installed)}, none"
+                )
 
     def _check_endings(self) -> None:
         """Refuses what cannot decide together which weights the run ends with."""

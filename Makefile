@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint conformance clean
+.PHONY: quickstart test lint conformance peers clean
 
 # A Transformer learns the phrasebook, is saved, comes back in a new process, and translates.
 quickstart: .venv/installed
@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	@printf '%s\n' 'Friday, March 13, 2026' '3 days ago' '1,234.50 euros' 'Norway, Peru, and Japan' > runs/quickstart/examples.txt
 	@$(BIN)/python scripts/translate.py runs/quickstart --input runs/quickstart/examples.txt | paste runs/quickstart/examples.txt -
 
-test: lint
+test: lint peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/installed
@@ -32,5 +32,17 @@ conformance: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Frameworks whose checkpoints scripts/convert_checkpoint.py reads, for its tests. Each has an environment of its own,
+# which sees the packages of .venv, so that torch is not installed twice.
+peers: .peers/joeynmt/installed .peers/eole/installed
+
+.peers/%/installed: tests/peers/%.txt .venv/installed
+	rm -rf .peers/$*
+	$(BIN)/python -m venv --without-pip .peers/$*
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$(.peers/$*/bin/python -c "import site; print(site.getsitepackages()[0])")/project.pth
+	$(BIN)/pip --python .peers/$*/bin/python install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
+
 clean:
-	rm -rf .venv .conformance build dist *.egg-info runs/quickstart
+	rm -rf .venv .peers .conformance build dist *.egg-info runs/quickstart

@@ -1,7 +1,9 @@
 """What the tests share: one tiny model with no parameter at a value that hides a mistake, and batches for it."""
 
 import importlib.util
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +98,18 @@ def lively_model(tiny_model, padded) -> Callable[..., PreTrainedModel]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def run_peer() -> Callable[..., None]:
+    """Runs tests/peers/NAME_driver.py in the environment that `make peers` makes for that framework."""
+
+    def run(name: str, *arguments: str | Path) -> None:
+        root = Path(__file__).parents[1]
+        python = root / ".peers" / name / "bin" / "python"
+        assert (python.parents[1] / "installed").exists(), f"{name} is not installed in {python.parents[1]}: make peers"
+        driver = root / "tests" / "peers" / f"{name}_driver.py"
+        done = subprocess.run([python, driver, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    return run

@@ -8,7 +8,6 @@ import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,9 @@ from ..modeling_vanilla_transformer import SinusoidalPositions, VanillaTransform
 NEVER = -1e4
 # The score of a piece that sentencepiece does not have: every way to write a text without it is preferred.
 UNUSED = -1e4
+# Precedes a piece that only the target has, in the tokenizer's vocabulary: no text has this character, of the private
+# use area, so no source is split into such a piece. Decoding drops it.
+TARGET_ONLY = "\ue000"
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -352,41 +354,63 @@ def character_tokenizer(tokens: list[str], unknown: str, space: str) -> Tokenize
     """Looks characters up, `space` being what the vocabulary has for a space."""
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unknown))
     tokenizer.normalizer = normalizers.Replace(" ", space)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(space, " ")])
     return tokenizer
 
 
-def sentencepiece_tokenizer(path: str | Path, tokens: list[str], unknown: str) -> Tokenizer:
+def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[str], unknown: str) -> Tokenizer:
     """
     Splits as a sentencepiece model does, and looks the pieces up in a vocabulary of another order.
 
     Args:
         path: the `.model` file.
         tokens: the piece of each id.
+        usable: those of the source, which a text may be split into; sentencepiece calls them its vocabulary.
         unknown: the one for all that the model has no piece for.
 
     Raises:
-        ValueError: the file is no such model, or splits unknown characters into bytes.
-        ImportError: sentencepiece or protobuf is not installed.
+        ValueError: the file is no such model, or has what `tokenizers` has not. The message says what.
+        ImportError: protobuf is not installed.
     """
     # Needed here alone, and not by all who convert.
     from google.protobuf.message import DecodeError
-    from transformers.convert_slow_tokenizer import SpmConverter
+    from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
-    class Converter(SpmConverter):
-        def vocab(self, proto) -> list[tuple[str, float]]:
-            scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == 1}
-            return [(token, scores.get(token, UNUSED)) for token in tokens]
-
-        def unk_id(self, proto) -> int:
-            return tokens.index(unknown)
-
+    definitions = import_protobuf()
+    spm, kinds = definitions.ModelProto(), definitions.ModelProto.SentencePiece
     try:
-        converter = Converter(SimpleNamespace(vocab_file=str(path)))
+        spm.ParseFromString(Path(path).read_bytes())
     except DecodeError as error:
         raise ValueError(f"{path} is no sentencepiece model: {error}") from error
-    if converter.proto.trainer_spec.byte_fallback:
-        raise ValueError(f"{path} splits unknown characters into bytes (byte_fallback), which is not supported")
-    converter.proto.trainer_spec.unk_piece = unknown
-    return converter.converted()
+    if any(piece.type in (kinds.USER_DEFINED, kinds.BYTE) for piece in spm.pieces):
+        raise ValueError(f"{path} has user-defined or byte pieces, which are not supported")
+    scores = {piece.piece: piece.score for piece in spm.pieces if piece.type == kinds.NORMAL}
+    model_type, types = spm.trainer_spec.model_type, definitions.TrainerSpec
+    allowed = set(usable)
+    tokens = [token if token in allowed else f"{TARGET_ONLY}{token}" for token in tokens]
+    ids = {token: number for number, token in enumerate(tokens)}
+    if model_type == types.UNIGRAM:
+        tokenizer = Tokenizer(models.Unigram([(token, scores.get(token, UNUSED)) for token in tokens], ids[unknown]))
+    elif model_type == types.BPE:
+        if absent := sorted(scores.keys() - allowed):
+            raise ValueError(
+                f"{path} merges characters to {absent[0]!r}, which the vocabulary lacks: sentencepiece would split it "
+                "again, which tokenizers cannot"
+            )
+        order = {piece.piece: number for number, piece in enumerate(spm.pieces)}
+        merges = generate_merges(order, list(scores.items()))
+        tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True))
+    else:
+        raise ValueError(f"{path} is a sentencepiece model of another type than unigram and bpe")
+    rules = spm.normalizer_spec
+    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    prepend = "always" if rules.add_dummy_prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(TARGET_ONLY, ""), decoders.Metaspace(prepend_scheme=prepend)]
+    )
+    return tokenizer

@@ -1,13 +1,15 @@
 """What users bring from elsewhere: device maps of accelerate, rows of datasets, metrics of evaluate, trackers."""
 
 import re
+import subprocess
+import sys
 
 import evaluate
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import make_trainer, uneven_rows
+from test_training import ROOT, make_trainer, uneven_rows
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -136,3 +138,16 @@ def test_tensorboard_and_a_tracker_of_the_users_own_get_what_is_logged(tiny_mode
 def test_a_tracker_that_is_not_there_is_refused_at_once(name, tmp_path):
     with pytest.raises(RecipeError, match=re.escape(f"report_to={name} is no tracker that is installed here")):
         TrainingArguments(output_dir=str(tmp_path), report_to=name)
+
+
+def test_the_examples_of_the_documents_run_from_top_to_bottom(tiny_model, tmp_path):
+    document = (ROOT / "docs" / "interoperability.md").read_text(encoding="utf-8")
+    section = document.split("## The rest of the ecosystem")[1].split("\n## ")[0]
+    tokenizer = train_tokenizer(["3 days ago, 3 dagen geleden, 5 days ago, 5 dagen geleden"], 270)
+    for part in (tiny_model(vocab_size=len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "runs" / "quickstart")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "'exact_match': 100.0" in result.stdout
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"merged", "int8"}

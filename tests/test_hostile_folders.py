@@ -1,9 +1,11 @@
 """A folder that somebody else has made is refused in words, whichever program is given it, and nothing in it is run."""
 
+import io
 import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -20,7 +22,8 @@ from test_training import ROOT, make_trainer, uneven_rows
 from transformers import AutoModelForSeq2SeqLM, BertConfig, pipeline
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, UserError
+from vanilla_transformer.training import evaluate, train
+from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, UserError, run_program
 from vanilla_transformer.training.checkpointing import CheckpointError, damage, seal
 from vanilla_transformer.training.evaluate import load_model
 from vanilla_transformer.training.train import checkpoint_to_resume
@@ -333,31 +336,45 @@ def test_the_pipeline_refuses_the_tokenizer_of_another_model(folder, marker):
         pipeline("translation", model=str(folder))
 
 
+def script(name: str) -> Callable[[list[str]], None]:
+    return lambda argv: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"](argv)
+
+
 PROGRAMS = {
-    "translate": [ROOT / "scripts" / "translate.py", "MODEL", "--input", "-"],
-    "average": [ROOT / "scripts" / "average_checkpoints.py", "MODEL", "MODEL", "--output_dir", "mean"],
-    "evaluate": ["-m", "vanilla_transformer.training.evaluate", "MODEL", "--dataset", "phrasebook:en-de"],
-    "train": ["-m", "vanilla_transformer.training.train", "--model", "MODEL", "--train_file", "a.txt", "a.txt"],
-    "train with the tokenizer": ["-m", "vanilla_transformer.training.train", "--tokenizer", "MODEL", "--train_file",
-                                 "a.txt", "a.txt"],
-}  # fmt: skip
+    "average": (script("average_checkpoints"), ["MODEL", "MODEL", "--output_dir", "mean"]),
+    "evaluate": (evaluate.main, ["MODEL", "--test_file", "a.txt", "a.txt"]),
+    "train": (train.main, ["--output_dir", "run", "--model", "MODEL", "--train_file", "a.txt", "a.txt"]),
+    "tokenizer": (train.main, ["--output_dir", "run", "--tokenizer", "MODEL", "--train_file", "a.txt", "a.txt"]),
+}
 
 
-@pytest.mark.parametrize("command", PROGRAMS.values(), ids=PROGRAMS)
-def test_a_yes_among_the_sentences_trusts_no_code(command, folder, marker, tmp_path):
-    """transformers reads its answer from the standard input, on which sentences come."""
+@pytest.fixture
+def folder_with_code(folder, marker, tmp_path) -> Path:
+    """For whose code transformers asks, beside some text."""
     unknown_model_with_code(folder, marker)
     tokenizer_with_code(folder, marker)
     (tmp_path / "a.txt").write_text("yes\n")
-    words = [folder if word == "MODEL" else word for word in command]
-    result = subprocess.run(
-        [sys.executable, *map(str, words)], input="y\ny\n", cwd=tmp_path, capture_output=True, text=True
-    )
+    return folder
+
+
+@pytest.mark.parametrize(("program", "argv"), PROGRAMS.values(), ids=PROGRAMS)
+def test_a_program_ends_with_one_line_and_asks_nothing(program, argv, folder_with_code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(SystemExit) as ended:
+        run_program(program, [str(folder_with_code) if word == "MODEL" else word for word in argv])
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(folder_with_code) in line
+
+
+def test_a_yes_among_the_sentences_trusts_no_code(folder_with_code):
+    """transformers reads its answer from the standard input, on which sentences come."""
+    command = [sys.executable, str(ROOT / "scripts" / "translate.py"), str(folder_with_code)]
+    result = subprocess.run(command, input="y\ny\n", capture_output=True, text=True)
     assert result.returncode == 2, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert str(folder) in last
+    assert result.stderr.splitlines()[-1].startswith(f"error: cannot load the model {str(folder_with_code)!r}")
 
 
 @pytest.fixture(scope="module")

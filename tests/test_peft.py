@@ -195,6 +195,27 @@ def test_a_run_of_adapters_resumes_to_the_bit(lora, tmp_path):
         assert torch.equal(weights[name], value), name
 
 
+def test_a_check_says_what_a_run_of_adapters_will_do(lora, tmp_path, capsys):
+    main([*lora[0], "--output_dir", str(tmp_path / "run"), "--check"])
+    assert "The run can start." in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_exponential_mean_is_that_of_adapters(base, lora, tmp_path):
+    main([*lora[0], "--output_dir", str(tmp_path), "--max_steps", "20", "--save_steps", "20", "--ema_decay", "0.9"])
+    checkpoint = tmp_path / "checkpoint-20"
+    mean = load_file(checkpoint / "ema.safetensors")
+    wrapped = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), checkpoint, is_trainable=True)
+    trained = {name: weight for name, weight in wrapped.named_parameters() if weight.requires_grad}
+    assert set(mean) == set(trained)
+    for name, weight in trained.items():
+        assert not torch.equal(weight, mean[name])
+        weight.data = mean[name]
+    merged = wrapped.merge_and_unload().state_dict()
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(merged[name], value), name
+
+
 def test_a_named_model_is_trained_on_in_float32_with_the_rates_of_the_recipe(base, tmp_path):
     model, tokenizer = load_model(str(base))
     for part in (model.bfloat16(), tokenizer):

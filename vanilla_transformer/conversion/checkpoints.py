@@ -404,7 +404,9 @@ def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[st
     else:
         raise ValueError(f"{path} is a sentencepiece model of another type than unigram and bpe")
     rules = spm.normalizer_spec
-    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    steps: list[normalizers.Normalizer] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     tokenizer.normalizer = normalizers.Sequence(steps)

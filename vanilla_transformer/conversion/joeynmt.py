@@ -85,7 +85,7 @@ def from_joeynmt(source: str | Path) -> tuple[VanillaTransformerForConditionalGe
     specials = _specials(settings["data"].get("special_symbols") or {})
     vocabularies = [_read_vocabulary(folder / f"{side}_vocab.txt", specials) for side in ("src", "trg")]
     unknown = specials["unk"][1]
-    joint = join_vocabularies(*vocabularies, unknown)
+    joint = join_vocabularies(vocabularies[0], vocabularies[1], unknown)
 
     config = _config(settings["model"], specials, len(vocabularies[0]) if joint is None else len(joint.tokens))
     tokenizer = _tokenizer(settings["data"], folder, vocabularies[0], joint, specials)

@@ -41,13 +41,14 @@ def read_pickle(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = next((line for line in str(error).splitlines() if "GLOBAL" in line or "instruction" in line), error)
+        # What torch says of this is long, and advises to allow it; one line of it may name what the file asks for.
+        asked = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
         raise ValueError(
-            f"{path} holds more than weights, and reading it would run code that came with it. It was refused, and "
-            f"nothing was run ({what})"
+            f"{path} holds more than weights, which only code that came with it could restore, or is no checkpoint. It "
+            f"was refused, and nothing was run{f' ({asked[0]})' if asked else ''}"
         ) from None
     except (RuntimeError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} is damaged, or was not written by torch.save: {error}") from error
+        raise ValueError(f"{path} is damaged, or was not written by torch.save") from error
 
 
 def read_safetensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:

@@ -110,7 +110,7 @@ def from_eole(folder: str | Path) -> tuple[VanillaTransformerForConditionalGener
     settings = _read_json(folder / "config.json")
     vocabulary = _read_json(folder / "vocab.json")
     model_settings = settings.get("model")
-    if not isinstance(model_settings, dict) or model_settings.get("architecture") not in ("transformer", "custom"):
+    if not isinstance(model_settings, dict) or model_settings.get("architecture") != "transformer":
         raise ValueError(f"{folder / 'config.json'} is not of an Eole model of architecture 'transformer'")
     tokens = {side: vocabulary[side] for side in ("src", "tgt")}
     for side, names in tokens.items():

@@ -1,1 +1,1 @@
-"""Models of this package for other runtimes. Each module needs the library it converts for, nothing else needs them."""
+"""Models of other frameworks for us, and ours for other runtimes. A module needs the library it is about, no other does."""

@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from vanilla_transformer.training.arguments import RecipeError, TrainingArguments
 from vanilla_transformer.training.evaluate import translate
-from vanilla_transformer.training.hub import HubError, push_run, stage
+from vanilla_transformer.training.hub import HubError, push_checkpoint, push_run, stage
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +59,11 @@ PUSH = """
 import runpy, sys
 sys.argv = [script, *argv]
 runpy.run_path(script, run_name="__main__")
+"""
+TRAIN = """
+from vanilla_transformer.training.arguments import run_program
+from vanilla_transformer.training.train import main
+run_program(main, argv)
 """
 # What a user runs who has the package, and one who has not.
 WITH_PACKAGE = "import vanilla_transformer\ntrust = {}\n"
@@ -123,9 +128,7 @@ def trained(hub, client, tmp_path_factory) -> Path:
     """The folder of a run that pushed its checkpoints and, when it ended, itself to NAME/trained."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "recipe.yaml").write_text(RECIPE)
-    train = "from vanilla_transformer.training.arguments import run_program\n"
-    train += "from vanilla_transformer.training.train import main\nrun_program(main, argv)"
-    printed = client.run(train, OWNER, argv=[str(folder / "recipe.yaml"), "--output_dir", str(folder / "run")])
+    printed = client.run(TRAIN, OWNER, argv=[str(folder / "recipe.yaml"), "--output_dir", str(folder / "run")])
     assert f"{hub.url}/NAME/trained, revision {hub.history('NAME/trained')[0].sha}" in printed
     return folder / "run"
 
@@ -221,6 +224,29 @@ class TestPushing:
         assert not (trained / "training_args.bin").exists()
         for config in trained.rglob("config.json"):
             assert not {"auto_map", "custom_pipelines"} & set(json.loads(config.read_text()))
+
+    def test_a_run_of_adapters_pushes_the_merged_model_at_its_end_and_no_adapters_on_the_way(
+        self, trained, client, hub, tmp_path
+    ):
+        options = {
+            "model": trained, "lora_rank": 2, "dataset": "phrasebook:en-de", "phrasebook_size": 200,
+            "max_eval_samples": 10, "max_steps": 4, "warmup_steps": 2, "learning_rate": 0.01, "eval_strategy": "steps",
+            "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": tmp_path / "adapted",
+            "push_to_hub": "true", "hub_model_id": "NAME/adapted",
+        }  # fmt: skip
+        client.run(TRAIN, OWNER, argv=[str(word) for name, value in options.items() for word in (f"--{name}", value)])
+        assert [commit.title for commit in hub.history("NAME/adapted")] == ["End of training", "initial commit"]
+        files = hub.files("NAME/adapted")
+        assert set(files) == MODEL | DOCUMENTS | CODE | {".gitattributes"}
+        weights, base = load(files["model.safetensors"]), load_file(trained / "model.safetensors")
+        assert weights.keys() == base.keys()
+        assert any(not torch.equal(weights[name], base[name]) for name in base)
+        assert f"trained further from `{trained}`" in files["README.md"].decode()
+
+    def test_a_checkpoint_that_cannot_be_pushed_ends_no_run(self, trained, monkeypatch, caplog):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        push_checkpoint(trained / "checkpoint-100", "NAME/trained", None, "Training in progress").result()
+        assert re.search(r"checkpoint-100 was not pushed: the connection to .* The run goes on", caplog.text)
 
     def test_staging_leaves_the_random_numbers_and_the_classes_as_they_were(self, trained, tmp_path):
         state = torch.get_rng_state()

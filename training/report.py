@@ -147,6 +147,7 @@ def model_card(
     recipe: str,
     model_path: str,
     hub_model_id: str | None = None,
+    base_model: str | None = None,
 ) -> ModelCard:
     """
     Fills the template in model_cards/ from a run.
@@ -158,6 +159,7 @@ def model_card(
         recipe: the resolved recipe as YAML.
         model_path: what to pass to `from_pretrained`.
         hub_model_id: the model's name on the Hub, as far as it is known. Pushing writes the true one.
+        base_model: the folder or Hub name of the model that the run began with, if it did not begin from scratch.
     """
     scores, data_name = metrics["scores"], metrics["data_name"]
     results = [
@@ -175,6 +177,7 @@ def model_card(
         library_name="transformers",
         pipeline_tag="translation" if all(languages) else "text2text-generation",
         tags=["vanilla_transformer", "translation" if all(languages) else "text2text-generation"],
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
         datasets=[data_name] if "/" in data_name and not Path(data_name).exists() else None,
         metrics=[result["type"] for result in results],
         model_name=name,
@@ -190,6 +193,7 @@ def model_card(
         recipe=recipe,
         model_path=model_path,
         hub_model_id=hub_model_id or f"NAME/{name}",
+        base_model=base_model,
         **metrics,
     )
 

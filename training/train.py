@@ -309,8 +309,8 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
     # Anew, because a run that resumes may have been told otherwise.
     write_beside(folder / "recipe.yaml", resolved(recipe))
-    hub_model_id = recipe.training.hub_model_id
-    card = model_card(model, language_pair(recipe.data), metrics, resolved(recipe), str(folder), hub_model_id)
+    names = {"hub_model_id": recipe.training.hub_model_id, "base_model": recipe.model.model}
+    card = model_card(model, language_pair(recipe.data), metrics, resolved(recipe), str(folder), **names)
     write_beside(folder / "README.md", str(card))
     print(f"\n{split} set, {len(sources)} pairs\n{format_scores(scores)}\n")
     for source, translation, reference in list(zip(sources, translations, references, strict=True))[:SHOWN]:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -183,6 +185,26 @@ def test_ids_logits_and_greedy_output_stay(name, folders, tmp_path):
             assert tokenizer.decode(output, skip_special_tokens=True) == row["text"]
 
 
+def test_the_scripts_convert_and_translate(folders, tmp_path):
+    source, output, text = folders["sentencepiece"] / "model", tmp_path / "converted", tmp_path / "text.txt"
+    text.write_text("\n".join(TEST) + "\n", encoding="utf-8")
+    run = {
+        name: runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{name}.py"))["main"]
+        for name in ("convert_checkpoint", "translate")
+    }
+    run["convert_checkpoint"]([str(source), "--format", "eole", "--output", str(output)])
+    options = ["--num_beams", "1", "--max_new_tokens", "12", "--output", str(tmp_path / "translated.txt")]
+    run["translate"]([str(output), "--input", str(text), *options])
+    rows = json.loads((source.parent / "references.json").read_text(encoding="utf-8"))["rows"]
+    # What the searches find is compared above; here a special token within an output may show, or not.
+    plain = [not {"<unk>", "<s>", "</s>", "<pad>", "<blank>"} & set(row["tokens"][:-1]) for row in rows]
+    found = (tmp_path / "translated.txt").read_text(encoding="utf-8").splitlines()
+    assert len(found) == len(TEST)
+    assert [line for line, kept in zip(found, plain, strict=True) if kept] == [
+        row["text"] for row, kept in zip(rows, plain, strict=True) if kept
+    ]
+
+
 def in_section(section, **changes):
     return lambda settings: settings["model"].setdefault(section, {}).update(changes)
 
@@ -261,7 +283,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(folders, tmp_path):
     vocabulary = json.loads(path.read_text(encoding="utf-8"))
     for change, message in (
         (lambda found: found["tgt"].pop(), r"the target vocabulary has \d+ tokens, but its table has \d+ rows"),
-        (lambda found: found["src"].append(found["src"][5]), "twice"),
+        (lambda found: found["src"].append(found["src"][5]), "2 times"),
         (lambda found: found["specials"].update(pad_token="<none>"), "src lacks the pad_token '<none>'"),
     ):
         changed = json.loads(json.dumps(vocabulary))

@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -161,6 +163,30 @@ def test_ids_logits_and_greedy_output_stay(name, folders, tmp_path):
             assert tokenizer.decode(output, skip_special_tokens=True) == row["text"]
 
 
+def test_the_scripts_convert_and_translate(folders, tmp_path):
+    source, output, text = (
+        folders["sentencepiece, one vocabulary"] / "model",
+        tmp_path / "converted",
+        tmp_path / "text.txt",
+    )
+    text.write_text("\n".join(TEST) + "\n", encoding="utf-8")
+    run = {
+        name: runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{name}.py"))["main"]
+        for name in ("convert_checkpoint", "translate")
+    }
+    run["convert_checkpoint"]([str(source), "--format", "joeynmt", "--output", str(output)])
+    options = ["--num_beams", "1", "--max_new_tokens", "12", "--output", str(tmp_path / "translated.txt")]
+    run["translate"]([str(output), "--input", str(text), *options])
+    rows = json.loads((source.parent / "references.json").read_text(encoding="utf-8"))["rows"]
+    # What the searches find is compared above; here a special token within an output may show, or not.
+    plain = [not {"<unk>", "<s>", "</s>", "<pad>", "<blank>"} & set(row["tokens"][:-1]) for row in rows]
+    found = (tmp_path / "translated.txt").read_text(encoding="utf-8").splitlines()
+    assert len(found) == len(TEST)
+    assert [line for line, kept in zip(found, plain, strict=True) if kept] == [
+        row["text"] for row, kept in zip(rows, plain, strict=True) if kept
+    ]
+
+
 def change_model(**changes):
     return lambda job: job["model"].update(changes)
 
@@ -218,3 +244,22 @@ def test_the_best_checkpoint_comes_before_the_last_and_a_file_may_be_named(folde
         assert all(torch.equal(best[name], value) for name, value in found.items())
     with pytest.raises(FileNotFoundError, match="holds no best"):
         from_joeynmt(tmp_path)
+
+
+class Hostile:
+    """Unpickled with code allowed, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_nothing_is_run(folders, tmp_path):
+    folder = shutil.copytree(folders["words, pre-norm"] / "model", tmp_path / "model")
+    state = torch.load(folder / "best.ckpt", weights_only=True)
+    torch.save({**state, "stats_state": Hostile(tmp_path / "made")}, folder / "best.ckpt")
+    with pytest.raises(ValueError, match="It was refused, and nothing was run"):
+        from_joeynmt(folder)
+    assert not (tmp_path / "made").exists()

@@ -1,1 +1,1 @@
-"""Models of other frameworks for us, and ours for other runtimes. A module needs the library it is about, no other does."""
+"""Models of other frameworks for us, ours for other runtimes. A module needs the library it is about, no other does."""

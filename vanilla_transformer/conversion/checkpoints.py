@@ -6,6 +6,7 @@ shape than the configuration says is refused by its name.
 
 import pickle
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -308,10 +309,9 @@ def refuse_duplicates(tokens: list[str], name: str | Path) -> None:
     Raises:
         ValueError: two ids have the same token.
     """
-    if len(set(tokens)) < len(tokens):
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
-        raise ValueError(f"{name} holds the token {twice!r} twice")
+    for token, count in Counter(tokens).items():
+        if count > 1:
+            raise ValueError(f"{name} holds the token {token!r} {count} times")
 
 
 def pack_tokenizer(tokenizer: Tokenizer, specials: Mapping[str, str], append_eos: bool) -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ..configuration_vanilla_transformer import VanillaTransformerConfig
 from ..modeling_vanilla_transformer import VanillaTransformerForConditionalGeneration
 from .checkpoints import (
+    TARGET_ONLY,
     JointVocabulary,
     Weights,
     character_tokenizer,
@@ -260,7 +261,7 @@ def _tokenizer(
     tokens, unknown = source if joint is None else joint.tokens, specials["unk"][1]
     tokenizer, joining = (_splitter(sides[side], folder, tokens, source, unknown) for side in ("src", "trg"))
     tokenizer.normalizer = _chain(normalizers, _before(sides["src"]), tokenizer.normalizer)
-    tokenizer.decoder = _chain(decoders, [joining.decoder], *_after(sides["trg"]))
+    tokenizer.decoder = _chain(decoders, [decoders.Replace(TARGET_ONLY, ""), joining.decoder], *_after(sides["trg"]))
     return pack_tokenizer(tokenizer, {f"{name}_token": specials[name][1] for name in SPECIALS}, append_eos=True)
 
 

@@ -1,5 +1,6 @@
 """conversion/ctranslate2.py: what CTranslate2 makes of a converted model, beside transformers' search on the model."""
 
+import copy
 import re
 
 import pytest
@@ -62,6 +63,52 @@ def test_ctranslate2_finds_what_generate_finds_with_its_scores(fields, more, bea
             loss = model(source[[number], : LENGTHS[number]], labels=torch.tensor([row[:length]])).loss
         assert result.scores[0] == pytest.approx(-loss.item(), abs=1e-4)
     assert len(lengths) > 1
+
+
+def rounded(x):
+    """Each row to 127 steps on either side of 0."""
+    scale = 127 / x.abs().amax(dim=-1, keepdim=True)
+    return (x * scale).round() / scale
+
+
+def in_eight_bits(model):
+    """The same network with rounded tables and weights, and with rounded states as factors of products."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            module.weight.data = rounded(module.weight.data)
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, arguments: (rounded(arguments[0]),))
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"normalize_before": True, "activation_function": "gelu"}], ids=str)
+@torch.no_grad()
+def test_int8_gives_each_token_the_probability_that_rounding_explains(fields, tiny_model, padded, tmp_path):
+    """In eight bits outputs cannot be those of the model, but they are those of a model that is rounded in that way."""
+    model, words = tiny_model(**fields), tokens()
+    before = copy.deepcopy(model.state_dict())
+    to_ctranslate2(model, words, tmp_path / "converted", quantization="int8")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    source, mask = padded(LENGTHS)
+    target, _ = padded((10,) * len(LENGTHS), seed=1)
+    target[:, -1] = model.config.eos_token_id
+    translator = ctranslate2.Translator(str(tmp_path / "converted"), inter_threads=1, intra_threads=1)
+    assert translator.compute_type.startswith("int8")
+    scored = translator.score_batch(
+        [[words[i] for i in row[:length]] for row, length in zip(source.tolist(), LENGTHS, strict=True)],
+        [[words[i] for i in row[:-1]] for row in target.tolist()],
+    )
+    found = torch.tensor([result.log_probs for result in scored])
+    of_model, of_rounded = (
+        each(source, mask, labels=target).logits.log_softmax(dim=-1).gather(-1, target[..., None])[..., 0]
+        for each in (model, in_eight_bits(model))
+    )
+    # A state that lies between two steps may be rounded up by one library and down by the other.
+    loss_by_rounding = (of_rounded - of_model).abs().mean()
+    assert 0.005 < loss_by_rounding < 0.1
+    assert (found - of_rounded).abs().mean() < 0.1 * loss_by_rounding
 
 
 def test_quantised_weights_are_smaller_and_a_folder_is_replaced_only_when_asked(tiny_model, tmp_path):

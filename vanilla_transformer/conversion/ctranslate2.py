@@ -101,7 +101,10 @@ class _Converter(Converter):
             TransformerEncoderSpec(config.encoder_layers, config.encoder_attention_heads, **norm),
             TransformerDecoderSpec(config.decoder_layers, config.decoder_attention_heads, **norm),
         )
-        weights = {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
+        # Copies, since CTranslate2 quantises what it is given in place.
+        weights = {
+            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.model.state_dict().items()
+        }
         for side, stack in (("encoder", self.model.model.encoder), ("decoder", self.model.model.decoder)):
             _fill_stack(getattr(spec, side), stack, f"model.{side}", weights)
         _fill(spec.decoder.projection, "lm_head", weights)

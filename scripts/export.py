@@ -1,0 +1,107 @@
+"""Writes a model for other runtimes: `python scripts/export.py MODEL --format onnx --output FOLDER`.
+
+`marian` is a MarianMTModel, which transformers loads without this package. `ctranslate2`, `onnx` and `torch` are for
+CTranslate2, for ONNX runtimes and for torch.export.load. Each folder holds the tokenizer too. What each can express,
+and how it is used, is in docs/interoperability.md.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+
+# The formats, and the package that writes each, if it is none of those that the model itself needs.
+FORMATS = {"marian": None, "ctranslate2": "ctranslate2", "onnx": "onnxscript", "torch": None}
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub name of the model")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into, a new one")
+    parser.add_argument("--quantization", help="CTranslate2's type of weights, such as int8 (default: float32)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Checks, loads, writes beside, renames."""
+    arguments = parse_arguments(argv)
+    # Imported here, so that --help is instant.
+    from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.evaluate import load_model
+
+    refuse(arguments)
+    model, tokenizer = load_model(arguments.model)
+    beside = Path(f"{arguments.output}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        write(model, tokenizer, beside, arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tokenizer.save_pretrained(beside)
+    os.replace(beside, arguments.output)
+    print(f"{arguments.model} for {arguments.format}, saved in {arguments.output}")
+
+
+def refuse(arguments: argparse.Namespace) -> None:
+    """
+    Checks what can be checked before the model is loaded.
+
+    Raises:
+        UserError: the output exists, a package is missing, or an option does not go with the format.
+    """
+    from vanilla_transformer.training.arguments import UserError
+
+    if arguments.output.exists():
+        raise UserError(f"output={arguments.output} exists: choose another, or delete it first")
+    package = FORMATS[arguments.format]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"--format {arguments.format} needs the package {package}: pip install {package}")
+    if arguments.quantization is not None and arguments.format != "ctranslate2":
+        raise UserError(f"--quantization {arguments.quantization} goes with --format ctranslate2 only")
+
+
+def write(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Namespace) -> None:
+    """
+    The model in the format that is asked for; beside two graphs or programs, its config, which holds the special ids.
+
+    Raises:
+        ValueError: the format has nothing for a setting of the model.
+    """
+    if arguments.format == "marian":
+        from vanilla_transformer.conversion.marian import to_marian
+
+        to_marian(model).save_pretrained(folder)
+    elif arguments.format == "ctranslate2":
+        from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
+
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        to_ctranslate2(model, tokens, folder, quantization=arguments.quantization)
+    elif arguments.format == "onnx":
+        from vanilla_transformer.conversion.onnx import to_onnx
+
+        to_onnx(model, folder)
+        model.config.save_pretrained(folder)
+    else:
+        from vanilla_transformer.conversion.export import to_torch_export
+
+        to_torch_export(model, folder)
+        model.config.save_pretrained(folder)
+
+
+def run() -> None:
+    """Ends with one line, not with a traceback, where the user got something wrong."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        parse_arguments(sys.argv[1:])
+    from vanilla_transformer.training.arguments import run_program
+
+    run_program(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run()

@@ -62,7 +62,7 @@ def test_the_mean_is_that_of_each_weight(fields, tiny_model, tokenizer, tmp_path
     for seed in range(3):
         save_checkpoint(tiny_model, tokenizer, tmp_path / f"checkpoint-{seed}", seed, **fields)
         models.append(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / f"checkpoint-{seed}").state_dict())
-    model = tiny_model(**fields)
+    model = tiny_model(vocab_size=len(tokenizer), **fields)
     load_average(model, last_checkpoints(tmp_path, 3))
     for name, weight in model.state_dict().items():
         mean = sum(state[name].double() for state in models) / 3

@@ -149,8 +149,9 @@ def lora(base, tmp_path_factory) -> tuple[list[str], Path]:
     command = [
         "--model", str(base), "--lora_rank", "8", "--train_file", str(train), "--test_file", str(test),
         "--per_device_train_batch_tokens", "150", "--learning_rate", "0.03", "--warmup_steps", "20",
-        "--max_steps", "160", "--save_strategy", "steps", "--save_steps", "80", "--eval_strategy", "no",
-        "--load_best_model_at_end", "false", *SILENT,
+        "--max_steps", "160", "--save_strategy", "steps", "--save_steps", "80", "--eval_strategy", "steps",
+        "--eval_steps", "80", "--validation_file", str(test), "--load_best_model_at_end", "false",
+        "--num_beams", "2", "--max_new_tokens", "12", *SILENT,
     ]  # fmt: skip
     main([*command, "--output_dir", str(folder / "run")])
     return command, folder / "run"
@@ -168,7 +169,8 @@ def test_the_program_teaches_a_model_another_language_and_leaves_a_plain_folder(
     assert exact_match(folder) == pytest.approx(metrics["scores"]["exact_match"])
     assert exact_match(folder) > exact_match(base)
     assert not [path.name for path in folder.iterdir() if path.name.startswith("adapter")]
-    # What was not adapted is what it was.
+    # What was not adapted is what it was, also after an evaluation.
+    assert (folder / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
     assert torch.equal(*(load_file(path / "model.safetensors")["model.shared.weight"] for path in (base, folder)))
 
 
@@ -180,7 +182,7 @@ def test_the_last_checkpoint_is_an_adapter_that_peft_loads_and_merges_into_the_s
     batch = tokenizer([source for source, _ in OTHER_PAIRS], return_tensors="pt", padding=True)
     expected = model.generate(**batch)
     wrapped = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), checkpoint).eval()
-    assert torch.equal(wrapped.generate(**batch, num_beams=2, max_new_tokens=12), expected)
+    assert torch.equal(wrapped.generate(**batch), expected)
     merged = wrapped.merge_and_unload()
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(merged.state_dict()[name], value), name

@@ -28,9 +28,9 @@ def test_it_saves_a_tokenizer_once(tmp_path):
 
     second = run(*PHRASEBOOK, "--output_dir", tmp_path)
     assert second.returncode == 2
-    assert (
-        second.stderr.splitlines()[-1]
-        == f"error: output_dir={tmp_path} already holds a tokenizer: choose another, or delete it first\n"
+    # torchao, where it is installed, has its own words before.
+    assert second.stderr.endswith(
+        f"error: output_dir={tmp_path} already holds a tokenizer: choose another, or delete it first\n"
     )
 
 

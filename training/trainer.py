@@ -193,10 +193,12 @@ class TranslationTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None, **gen_kwargs
     ):
         """Adds up the batch's negative log-likelihood and its target tokens."""
-        # The stock step writes transformers' defaults into the model's generation config, a max_length of 20 too.
-        generation_config = copy.deepcopy(self.model.generation_config)
+        # The stock step writes transformers' defaults into the model's generation config, a max_length of 20 too. It is
+        # restored in place: with adapters, the model that has it is inside another.
+        generation_config = self.model.generation_config
+        told = copy.deepcopy(vars(generation_config))
         loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
-        self.model.generation_config = generation_config
+        generation_config.__dict__ = told
         count = inputs["labels"].ne(IGNORE_INDEX).sum()
         self._nll_and_count += torch.stack([loss.double() * count, count.double()])
         if self.args.world_size > 1 and tokens is not None:

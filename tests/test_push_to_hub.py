@@ -258,8 +258,11 @@ class TestPushing:
 
 
 class TestLoading:
-    def test_with_the_package_everything_loads_without_trust_in_the_repositorys_code(self, pushed, client, expected):
-        program = WITH_PACKAGE + LOAD + TRANSLATE + ANSWER
+    @pytest.mark.parametrize("trust", ["{}", "{'trust_remote_code': True}"], ids=["no trust", "trust"])
+    def test_with_the_package_its_own_code_runs_whether_the_repositorys_is_trusted_or_not(
+        self, trust, pushed, client, expected
+    ):
+        program = WITH_PACKAGE.replace("{}", trust) + LOAD + TRANSLATE + ANSWER
         answer = client.run(program, name=pushed, revision=None, texts=EXAMPLES)
         assert answer["translations"] == expected
         assert answer["pipelines"] == [expected, expected]

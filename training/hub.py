@@ -33,7 +33,7 @@ from vanilla_transformer import (
 
 from .arguments import UserError
 from .evaluate import read_model
-from .report import read_card
+from .report import CardError, read_card
 
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,9 @@ def check_run(run: Path) -> None:
     try:
         metrics = json.loads((run / METRICS).read_text(encoding="utf-8"))
         read_card(run / CARD, metrics)
+    except CardError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise HubError(f"{run / METRICS} is not what a run writes: {error!r}") from error
 
 

@@ -646,8 +646,8 @@ class VanillaTransformerForConditionalGeneration(
         )
         hidden, head, logits, loss = outputs.last_hidden_state, self.lm_head, None, None
         smoothing = self.config.label_smoothing if self.training else 0.0
-        # A head that something has wrapped, split up or moved away (LoRA, quantisation, tensor parallelism, accelerate's
-        # device maps) is called as it is.
+        # A head that something has wrapped, split up or moved away (LoRA, quantisation, tensor parallelism, a device
+        # map) is called as it is.
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
         if self.training and labels is not None and not return_logits and plain:
             loss = projected_cross_entropy(hidden, head.weight, head.bias, labels, smoothing, num_items_in_batch)

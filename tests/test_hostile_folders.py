@@ -245,7 +245,7 @@ CASES = [
     Case(smaller_tokenizer, "the tokenizer has 262 tokens, and the model vocab_size=300", None),
     Case(other_padding, "the tokenizer has pad_token_id=3, and the model pad_token_id=0", None),
     Case(other_end, "the tokenizer has eos_token_id=2, and the model eos_token_id=3", None),
-    Case(tokenizer_that_is_no_json, "no tokenizer that can be loaded", None),
+    Case(tokenizer_that_is_no_json, "cannot be loaded", None),
     Case(config_that_is_no_json, "not a valid JSON file", OSError),
     Case(config_that_is_a_list, "Unrecognized model", Exception),
     Case(config_of_another_model, "model_type 'bert', and 'vanilla_transformer' is needed", ValueError),

@@ -114,7 +114,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # The library tokenizers raises plain Exceptions.
     except Exception as error:
-        raise UserError(f"{folder} holds no tokenizer that can be loaded: {' '.join(str(error).split())}") from error
+        raise UserError(f"tokenizer={folder} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def refuse_other_weights(report: dict[str, Any]) -> None:

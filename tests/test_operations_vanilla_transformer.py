@@ -1,9 +1,17 @@
-"""The cheap dropout against what dropout is, independent coins; and one cast against several."""
+"""The cheap dropout against what dropout is, independent coins; one cast against several; products against float64."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from vanilla_transformer.operations_vanilla_transformer import Dropout, cast_once, fast_dropout
+from vanilla_transformer.operations_vanilla_transformer import (
+    FEW_PRODUCTS,
+    Dropout,
+    Linear,
+    cast_once,
+    fast_dropout,
+    linear,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -83,3 +91,56 @@ def test_nothing_is_cast_that_autocast_would_not_cast(enabled):
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         assert cast_once(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
         assert cast_once(torch.ones(2)).dtype == (torch.bfloat16 if enabled else torch.float32)
+
+
+def with_gradients(product, x, weight, bias):
+    """The product, its gradients, and gradients of those, by `product`."""
+    leaves = [each.detach().clone().requires_grad_() for each in (x, weight, bias) if each is not None]
+    result = product(*leaves)
+    first = torch.autograd.grad((result**2).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum((each**2).sum() for each in first), leaves)
+    return [result, *first, *second]
+
+
+# Too little for oneDNN, and enough for it; with rows in two dimensions, and without a bias.
+@pytest.mark.parametrize("shape", [(2, 3, 5), (600, 24), (20, 30, 24)], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_and_their_gradients_are_torch_s_to_single_precision(shape, has_bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    weight = torch.randn(40, shape[-1], generator=generator) / shape[-1] ** 0.5
+    bias = torch.randn(40, generator=generator) if has_bias else None
+    by_onednn = x.numel() * 40 > FEW_PRODUCTS
+    assert (type(linear(x.requires_grad_(), weight, bias).grad_fn).__name__ == "_ProductBackward") == by_onednn
+
+    found, torchs = (with_gradients(product, x, weight, bias) for product in (linear, F.linear))
+    wide = [None if each is None else each.double() for each in (x, weight, bias)]
+    for ours, theirs, exact in zip(found, torchs, with_gradients(F.linear, *wide), strict=True):
+        assert ours.dtype == torch.float32
+        scale = exact.abs().max()
+        assert (ours - exact).abs().max() < max(4 * (theirs - exact).abs().max(), 1e-6 * scale)
+
+
+def test_products_of_other_kinds_are_torch_s():
+    x, weight = torch.randn(600, 24), torch.randn(40, 24)
+    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+    assert torch.equal(linear(x.bfloat16(), weight.bfloat16()), F.linear(x.bfloat16(), weight.bfloat16()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    meta = linear(x.to("meta"), weight.to("meta"))
+    assert meta.shape == (600, 40)
+
+
+def test_a_linear_layer_learns_what_torch_s_learns():
+    torch.manual_seed(0)
+    ours, theirs = Linear(24, 40), torch.nn.Linear(24, 40)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(600, 24)
+    for layer in (ours, theirs):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight, theirs.get_parameter(name), rtol=1e-5, atol=1e-6)

@@ -23,19 +23,18 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .operations_vanilla_transformer import FEW_PRODUCTS, Linear
+
 
 COMPUTE_TYPES = ("float32", "bfloat16", "int8")
 
 # The modules whose work is known here. One that something has wrapped (LoRA, quantisation, parallelism) is not.
-_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)
+_PLAIN = (nn.Linear, Linear, nn.Embedding, nn.LayerNorm)
 # The hooks that transformers leaves in a model that was once asked for its attention weights do nothing here.
 _CAPTURING = "transformers.utils.output_capturing"
 _PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Linear = Callable[[torch.Tensor], torch.Tensor]
-
-# Multiplications up to which a call of oneDNN takes longer than torch's plain product takes in all.
-_FEW_PRODUCTS = 2**18
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False) -> _Linear:
@@ -48,10 +47,10 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, rel
             for each row, and states to 8 bits, with a scale for each call (torch's dynamic quantisation, by FBGEMM).
         relu: whether max(0, .) follows.
     """
-    if weight.device.type != "cpu":
-        return _plain_linear(weight, bias, compute_type, relu)
     if compute_type == "int8":
         return _int8_linear(weight, bias, relu)
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return _plain_linear(weight, bias, compute_type, relu)
     dtype = getattr(torch, compute_type)
     packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 64), bias.to(dtype)
     product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
@@ -63,7 +62,7 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, rel
 def _float32_linear(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linear:
     """By oneDNN; where there is little to multiply, without its overhead."""
     product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
-    few = _FEW_PRODUCTS // len(weight)
+    few = FEW_PRODUCTS // len(weight)
     if few < weight.shape[1]:
         return lambda x: product(x, packed, bias, after, [], "")
 

@@ -37,6 +37,17 @@ def refuse_strange_shards(folder: Path) -> None:
             raise ValueError(f"{index} names {strange[0]!r}: its shards are {suffix} files that lie in its own folder")
 
 
+class GuardedLoading:
+    """`from_pretrained` for a `PreTrainedModel`, with that look."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, after a look at which files it would open."""
+        if pretrained_model_name_or_path is not None:
+            refuse_strange_shards(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+
 def refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     """
     Compares a tokenizer with the model that is to read its ids.

@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from .operations_vanilla_transformer import linear
+
 
 IGNORE_INDEX = -100
 
@@ -112,7 +114,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels), CHUNK):
                 rows = slice(start, start + CHUNK)
                 states = hidden_states[rows].to(dtype)
-                logits = F.linear(states, matrix, offset).to(wide)  # [n, V]
+                logits = linear(states, matrix, offset).to(wide)  # [n, V]
                 target_logits = (1 - smoothing) * logits.gather(1, true[rows, None])
                 target_logits += smoothing * logits.mean(dim=1, keepdim=True)
                 highest = logits.amax(dim=1, keepdim=True)
@@ -122,8 +124,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                 p.mul_(kept[rows] / normalizer)
                 grad_bias += p.sum(dim=0)
                 p = p.to(dtype)
-                grad_hidden[rows] = (p @ matrix).to(wide)
-                grad_weight += p.T @ states
+                grad_hidden[rows] = linear(p, matrix.T).to(wide)
+                grad_weight += linear(p.T, states.T)
             # 2. minus the target: 1 - smoothing on the true token, and a little on every one
             even = smoothing / len(bias)
             states = hidden_states.to(wide) * kept

@@ -9,7 +9,6 @@ the next token. Sizes in the comments:
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,9 +32,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
-from .loading_vanilla_transformer import refuse_strange_shards
+from .loading_vanilla_transformer import GuardedLoading
 from .loss_vanilla_transformer import label_smoothed_cross_entropy, projected_cross_entropy, shift_right
-from .operations_vanilla_transformer import Dropout, cast_once, fast_dropout
+from .operations_vanilla_transformer import Dropout, Linear, cast_once, fast_dropout
 from .scoring_vanilla_transformer import VanillaTransformerScoringMixin
 
 
@@ -94,10 +93,10 @@ class MultiHeadAttention(nn.Module):
         self.d_k = config.d_kv or config.d_model // num_heads
         self.d_v = config.d_v or config.d_model // num_heads
         self.scaling = self.d_k**-0.5
-        self.q_proj = nn.Linear(config.d_model, num_heads * self.d_k)
-        self.k_proj = nn.Linear(config.d_model, num_heads * self.d_k)
-        self.v_proj = nn.Linear(config.d_model, num_heads * self.d_v)
-        self.out_proj = nn.Linear(num_heads * self.d_v, config.d_model)
+        self.q_proj = Linear(config.d_model, num_heads * self.d_k)
+        self.k_proj = Linear(config.d_model, num_heads * self.d_k)
+        self.v_proj = Linear(config.d_model, num_heads * self.d_v)
+        self.out_proj = Linear(num_heads * self.d_v, config.d_model)
 
     def forward(
         self,
@@ -195,8 +194,8 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.dropout = Dropout(config.dropout)
         self.activation_fn = ACT2FN[config.activation_function]
         self.activation_dropout = Dropout(config.activation_dropout)
-        self.fc1 = nn.Linear(config.d_model, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.fc1 = Linear(config.d_model, ffn_dim)
+        self.fc2 = Linear(ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
 
     def residual(self, x: torch.Tensor, norm: nn.LayerNorm, sublayer) -> torch.Tensor:
@@ -272,7 +271,7 @@ class DecoderLayer(TransformerLayer):
         return self.residual(hidden_states, self.final_layer_norm, self.feed_forward)
 
 
-class VanillaTransformerPreTrainedModel(PreTrainedModel):
+class VanillaTransformerPreTrainedModel(GuardedLoading, PreTrainedModel):
     """What transformers needs to know of every module below: how to initialise, split, compile and record it."""
 
     config: VanillaTransformerConfig
@@ -283,13 +282,6 @@ class VanillaTransformerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **kwargs):
-        """transformers' own, after a look at which files it would open."""
-        if pretrained_model_name_or_path is not None:
-            refuse_strange_shards(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

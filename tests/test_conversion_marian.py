@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, MarianConfig, MarianMTModel
 
-from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
+from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
 from vanilla_transformer.conversion.marian import from_marian, to_marian
 
 
@@ -261,7 +260,6 @@ def test_plain_transformers_loads_the_folder_and_translates_identically(ending_m
 )
 def test_what_marian_has_not_is_refused(fields, way, message, tiny_model):
     ours = tiny_model(**fields)
-    ours.generation_config.update(**way)
     for name, value in way.items():
         setattr(ours.generation_config, name, value)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -272,5 +270,3 @@ def test_an_odd_d_model_is_refused(opus):
     fields = {"d_model": 15, "encoder_attention_heads": 3, "decoder_attention_heads": 3}
     with pytest.raises(ValueError, match="d_model=15 is odd"):
         from_marian(MarianMTModel(MarianConfig(**{**opus.config.to_dict(), **fields})))
-    with pytest.raises(StrictDataclassError, match="d_model=15 is odd"):
-        VanillaTransformerForConditionalGeneration(VanillaTransformerConfig(**fields))

@@ -16,6 +16,7 @@ SETTINGS = {
     "as the paper": {},
     "all else": {
         "normalize_before": True,
+        "activation_function": "gelu",
         "position_embedding_type": "learned",
         "share_encoder_decoder_embeddings": False,
         "decoder_vocab_size": 53,

@@ -32,14 +32,14 @@ conformance: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Frameworks whose checkpoints scripts/convert_checkpoint.py reads, for its tests. Each has an environment of its own,
-# which sees the packages of .venv, so that torch is not installed twice.
-peers: .peers/joeynmt/installed .peers/eole/installed
+# What only tests need, and .venv is better without: frameworks whose checkpoints scripts/convert_checkpoint.py reads, and
+# torchao. Each has an environment of its own, which sees the packages of .venv, so that torch is not installed twice.
+peers: .peers/joeynmt/installed .peers/eole/installed .peers/torchao/installed
 
 .peers/%/installed: tests/peers/%.txt .venv/installed
 	rm -rf .peers/$*
 	$(BIN)/python -m venv --without-pip .peers/$*
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
 		> $$(.peers/$*/bin/python -c "import site; print(site.getsitepackages()[0])")/project.pth
 	$(BIN)/pip --python .peers/$*/bin/python install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@

@@ -101,15 +101,24 @@ def lively_model(tiny_model, padded) -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def run_peer() -> Callable[..., None]:
-    """Runs tests/peers/NAME_driver.py in the environment that `make peers` makes for that framework."""
+def peer_python() -> Callable[[str], Path]:
+    """Finds the interpreter of the environment that `make peers` makes for a framework."""
+
+    def find(name: str) -> Path:
+        environment = Path(__file__).parents[1] / ".peers" / name
+        assert (environment / "installed").exists(), f"{name} is not installed in {environment}: make peers"
+        return environment / "bin" / "python"
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def run_peer(peer_python) -> Callable[..., None]:
+    """Runs tests/peers/NAME_driver.py in that environment."""
 
     def run(name: str, *arguments: str | Path) -> None:
-        root = Path(__file__).parents[1]
-        python = root / ".peers" / name / "bin" / "python"
-        assert (python.parents[1] / "installed").exists(), f"{name} is not installed in {python.parents[1]}: make peers"
-        driver = root / "tests" / "peers" / f"{name}_driver.py"
-        done = subprocess.run([python, driver, *arguments], capture_output=True, text=True, check=False)
+        driver = Path(__file__).parent / "peers" / f"{name}_driver.py"
+        done = subprocess.run([peer_python(name), driver, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
     return run

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 
 import evaluate
 import pytest
@@ -140,14 +139,14 @@ def test_a_tracker_that_is_not_there_is_refused_at_once(name, tmp_path):
         TrainingArguments(output_dir=str(tmp_path), report_to=name)
 
 
-def test_the_examples_of_the_documents_run_from_top_to_bottom(tiny_model, tmp_path):
+def test_the_examples_of_the_documents_run_from_top_to_bottom(tiny_model, peer_python, tmp_path):
     document = (ROOT / "docs" / "interoperability.md").read_text(encoding="utf-8")
     section = document.split("## The rest of the ecosystem")[1].split("\n## ")[0]
     tokenizer = train_tokenizer(["3 days ago, 3 dagen geleden, 5 days ago, 5 dagen geleden"], 270)
     for part in (tiny_model(vocab_size=len(tokenizer)), tokenizer):
         part.save_pretrained(tmp_path / "runs" / "quickstart")
     code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([peer_python("torchao"), "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "'exact_match': 100.0" in result.stdout
     assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"merged", "int8"}

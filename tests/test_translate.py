@@ -126,10 +126,11 @@ def test_n_best_lists_and_score_columns_hold_what_generate_tells(folder, alone, 
     assert [(int(number), text) for number, text, _ in rows] == [
         (number, text) for number, one in enumerate(alone) for text in one.texts
     ]
-    assert [float(score) for *_, score in rows] == pytest.approx([s for one in alone for s in one.scores], abs=2e-6)
+    # Six digits are written; more and fewer rows are multiplied by other kernels, which differ in their last bits.
+    assert [float(score) for *_, score in rows] == pytest.approx([s for one in alone for s in one.scores], abs=1e-4)
     columns = [line.split("\t", 1) for line in written(tmp_path / "scores.txt")]
     assert [text for _, text in columns] == [one.texts[0] for one in alone]
-    assert [float(score) for score, _ in columns] == pytest.approx([one.scores[0] for one in alone], abs=2e-6)
+    assert [float(score) for score, _ in columns] == pytest.approx([one.scores[0] for one in alone], abs=1e-4)
 
 
 def test_scores_of_a_search_that_tells_them_only_with_all_others(folder):

@@ -202,6 +202,33 @@ def layer_modules(stack: str, layers: int, names: Mapping[str, str], theirs: str
     }
 
 
+def take_tables(
+    weights: Weights, names: Sequence[str], shared: bool, tied: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The embeddings of source and target and the output projection, `[V, d_model]` each.
+
+    Args:
+        weights: gives them.
+        names: of the three. What is one matrix may be stored under any of its names.
+        shared: whether source and target have one matrix.
+        tied: whether target and output have one.
+
+    Raises:
+        ValueError: as `Weights.take_one` does.
+    """
+    source, target, output = ([name] for name in names)
+    if shared:
+        source += target
+        target = source
+    if tied:
+        target += output
+        output = target
+    first = weights.take_one(*source)
+    second = first if shared else weights.take_one(*target)
+    return first, second, second if tied else weights.take_one(*output)
+
+
 @torch.no_grad()
 def copy_tables(
     model: VanillaTransformerForConditionalGeneration,

@@ -30,6 +30,7 @@ from .checkpoints import (
     refuse_duplicates,
     refuse_other_positions,
     sentencepiece_tokenizer,
+    take_tables,
     word_tokenizer,
 )
 
@@ -233,16 +234,10 @@ def _copy(
     for number in range(config.decoder_layers):
         # Saved with each layer, and only read by decoders without an encoder.
         weights.tensors.pop(f"decoder.transformer_layers.{number}.layer_scalar", None)
-    tables = {"source": ["src_emb.embeddings.weight"], "target": ["tgt_emb.embeddings.weight"]}
-    tables["output"] = ["generator.weight"]
-    if config.share_encoder_decoder_embeddings:
-        tables["source"] += tables.pop("target")
-    if config.tie_word_embeddings:
-        tables["target" if "target" in tables else "source"] += tables.pop("output")
-    found = {side: weights.take_one(*names) for side, names in tables.items()}
-    target = found.get("target", found["source"])
+    names = ("src_emb.embeddings.weight", "tgt_emb.embeddings.weight", "generator.weight")
+    tables = take_tables(weights, names, config.share_encoder_decoder_embeddings, config.tie_word_embeddings)
     bias = weights.take("generator.bias") if settings.get("generator_bias", True) else None
-    copy_tables(model, found["source"], target, found.get("output", target), bias, joint)
+    copy_tables(model, *tables, bias, joint)
     weights.refuse_left_over()
 
 

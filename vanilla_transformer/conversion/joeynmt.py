@@ -27,6 +27,7 @@ from .checkpoints import (
     read_pickle,
     refuse_other_positions,
     sentencepiece_tokenizer,
+    take_tables,
     word_tokenizer,
 )
 
@@ -232,15 +233,9 @@ def _copy(
             modules[f"model.{stack}.layer_norm"] = f"{stack}.layer_norm"
         copy_modules(model, weights, modules)
         refuse_other_positions(weights.take(f"{stack}.pe.pe")[0], config, f"{weights.origin}: {stack}.pe.pe")
-    tables = {"source": ["src_embed.lut.weight"], "target": ["trg_embed.lut.weight"]}
-    tables["output"] = ["decoder.output_layer.weight"]
-    if settings.get("tied_embeddings", False):
-        tables["source"] += tables.pop("target")
-    if settings.get("tied_softmax", False):
-        tables["target" if "target" in tables else "source"] += tables.pop("output")
-    found = {side: weights.take_one(*names) for side, names in tables.items()}
-    target = found.get("target", found["source"])
-    copy_tables(model, found["source"], target, found.get("output", target), None, joint)
+    names = ("src_embed.lut.weight", "trg_embed.lut.weight", "decoder.output_layer.weight")
+    shared, tied = settings.get("tied_embeddings", False), settings.get("tied_softmax", False)
+    copy_tables(model, *take_tables(weights, names, shared, tied), None, joint)
     weights.refuse_left_over()
 
 

@@ -108,6 +108,16 @@ def test_the_tree_of_the_readme_names_every_module():
     assert not missing
 
 
+def test_each_line_of_what_the_model_connects_to_names_its_tests():
+    document = (ROOT / "docs" / "interoperability.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in document.split("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 20
+    for way, *_, tests in rows:
+        named = re.findall(r"test_\w+\.py", tests)
+        assert named, way
+        assert all((ROOT / "tests" / name).is_file() for name in named), way
+
+
 def test_make_has_the_targets_that_the_readme_promises():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make (\w+)", README)) <= targets

@@ -458,7 +458,7 @@ class PackedTransformer:
         """That of keys and values. Many are read faster in bfloat16, where a CPU has instructions for it."""
         if self.compute_type == "float32":
             return torch.float32
-        if self.device.type == "cpu" and (hypotheses < 32 or not torch.cpu._is_avx512_bf16_supported()):
+        if self.device.type == "cpu" and (hypotheses < 64 or not torch.cpu._is_avx512_bf16_supported()):
             return torch.float32
         return torch.bfloat16
 

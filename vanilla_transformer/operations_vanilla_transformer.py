@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 # Multiplications up to which a call of oneDNN takes longer than torch's plain product takes in all.
-FEW_PRODUCTS = 2**18
+FEW_PRODUCTS = 2**17
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -67,8 +67,7 @@ def scaled_dot_product_attention(
     scores = query @ key.transpose(-2, -1) * scaling  # [B, H, T, S]
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1)
-    weights = fast_dropout(weights, dropout, module.training)
+    weights = fast_dropout(scores.softmax(dim=-1), dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights  # [B, T, H, d_v]
 
 
@@ -574,9 +573,8 @@ class VanillaTransformerForConditionalGeneration(
         super().__init__(config)
         self.model = VanillaTransformerModel(config)
         self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=True)
-        tied = {
-            f"model.{target}": f"model.{source}" for target, source in (self.model._tied_weights_keys or {}).items()
-        }
+        inner = self.model._tied_weights_keys or {}
+        tied = {f"model.{target}": f"model.{source}" for target, source in inner.items()}
         if config.tie_word_embeddings:
             shared = config.share_encoder_decoder_embeddings
             tied["lm_head.weight"] = "model.shared.weight" if shared else "model.decoder.embed_tokens.weight"

@@ -21,6 +21,7 @@ from ctranslate2.specs.transformer_spec import TransformerDecoderSpec, Transform
 from ..configuration_vanilla_transformer import VanillaTransformerConfig
 from ..modeling_vanilla_transformer import TransformerStack, VanillaTransformerForConditionalGeneration
 from ..tokenization_vanilla_transformer import SPECIAL_TOKENS
+from .marian import refuse_other_heads
 
 
 ACTIVATIONS = {
@@ -66,15 +67,7 @@ def _refuse_what_it_has_not(config: VanillaTransformerConfig) -> None:
         raise ValueError(
             f"CTranslate2 has no activation_function={config.activation_function!r}, only {', '.join(ACTIVATIONS)}"
         )
-    for stack in ("encoder", "decoder"):
-        heads = getattr(config, f"{stack}_attention_heads")
-        for name in ("d_kv", "d_v"):
-            width = getattr(config, name)
-            if width is not None and width * heads != config.d_model:
-                raise ValueError(
-                    f"CTranslate2 divides d_model by the number of heads, but {name}={width} is not "
-                    f"d_model={config.d_model} / {stack}_attention_heads={heads}"
-                )
+    refuse_other_heads(config, "CTranslate2")
     if not isinstance(config.eos_token_id, int):
         raise ValueError(f"CTranslate2 needs one token that ends a sentence, but eos_token_id={config.eos_token_id}")
 

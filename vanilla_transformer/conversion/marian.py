@@ -116,13 +116,21 @@ def _refuse_what_it_has_not(config: VanillaTransformerConfig) -> None:
         )
     if config.layer_norm_eps != LAYER_NORM_EPS:
         raise ValueError(f"Marian's norms add {LAYER_NORM_EPS} always, but layer_norm_eps={config.layer_norm_eps}")
+    refuse_other_heads(config, "Marian")
+
+
+def refuse_other_heads(config: VanillaTransformerConfig, runtime: str) -> None:
+    """
+    Raises:
+        ValueError: a head's width is not `d_model` by the number of heads, as it always is in `runtime`.
+    """
     for stack in ("encoder", "decoder"):
         heads = getattr(config, f"{stack}_attention_heads")
         for name in ("d_kv", "d_v"):
             width = getattr(config, name)
             if width is not None and width * heads != config.d_model:
                 raise ValueError(
-                    f"Marian divides d_model by the number of heads, but {name}={width} is not "
+                    f"{runtime} divides d_model by the number of heads, but {name}={width} is not "
                     f"d_model={config.d_model} / {stack}_attention_heads={heads}"
                 )
 

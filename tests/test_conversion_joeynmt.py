@@ -151,7 +151,7 @@ def test_ids_logits_and_greedy_output_stay(name, folders, tmp_path):
             logits = model(torch.tensor([ids]), decoder_input_ids=prefix).logits[0]
         expected = torch.tensor(row["logits"])
         assert expected.std() > 0.5
-        torch.testing.assert_close(logits[:, order], expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[:, order], expected, atol=1e-4, rtol=0)
         others = sorted(set(range(len(tokens))) - set(order))
         assert logits.softmax(dim=-1)[:, others].sum() == 0
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from networks import EXTREMES
 from transformers import PreTrainedModel
 
 
@@ -12,18 +13,6 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the dev extra installs 
 from vanilla_transformer.conversion.onnx import to_onnx  # noqa: E402  (it needs onnxscript)
 
 
-SETTINGS = {
-    "as the paper": {},
-    "all else": {
-        "normalize_before": True,
-        "activation_function": "gelu",
-        "position_embedding_type": "learned",
-        "share_encoder_decoder_embeddings": False,
-        "decoder_vocab_size": 53,
-        "d_kv": 6,
-        "d_v": 10,
-    },
-}
 NEW_TOKENS = 20
 
 
@@ -48,7 +37,7 @@ class Converted(NamedTuple):
         return torch.from_numpy(logits)
 
 
-@pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS)
+@pytest.fixture(scope="module", params=EXTREMES.values(), ids=EXTREMES)
 def converted(request, lively_model, tmp_path_factory):
     model = lively_model(**request.param)
     folder = tmp_path_factory.mktemp("onnx")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from networks import EXTREMES
 
 from vanilla_transformer.conversion.export import to_torch_export
 
@@ -30,23 +31,11 @@ for source, mask, target in torch.load(f"{folder}/inputs.pt"):
     found.append((states, whole, torch.cat(steps, dim=1)))
 torch.save(found, f"{folder}/found.pt")
 """
-SETTINGS = {
-    "as the paper": {},
-    "all else": {
-        "normalize_before": True,
-        "activation_function": "gelu",
-        "position_embedding_type": "learned",
-        "share_encoder_decoder_embeddings": False,
-        "decoder_vocab_size": 53,
-        "d_kv": 6,
-        "d_v": 10,
-    },
-}
 # Sentences of other numbers and lengths than those that the programs were made with; the smallest are 1.
 BATCHES = [((7, 4, 1, 6), "right", 6), ((7, 4, 1, 6), "left", 4), ((3,), "right", 9), ((1,), "right", 5)]
 
 
-@pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("fields", EXTREMES.values(), ids=EXTREMES)
 @torch.no_grad()
 def test_a_process_without_our_code_computes_the_same(fields, tiny_model, padded, tmp_path):
     model = tiny_model(**fields)

@@ -21,7 +21,6 @@ from vanilla_transformer import (
     train_tokenizer,
 )
 
-from .adapters import add_adapters, merge_adapters
 from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe, run_program
 from .averaging import last_checkpoints, load_average
 from .bpe_dropout import BpeDropout, BpeDropoutRows
@@ -92,6 +91,8 @@ def main(argv: list[str]) -> None:
         write_beside(Path(args.output_dir, "recipe.yaml"), resolved(recipe))
     trainer.train(resume_from_checkpoint=checkpoint)
     if args.lora_rank:
+        from .adapters import merge_adapters
+
         merge_adapters(trainer)
     trainer.save_model()
 
@@ -210,7 +211,11 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTr
         )
     except ValueError as error:
         raise RecipeError(f"no translations can be made so: {error}") from error
-    return add_adapters(model, recipe.training.lora_rank) if recipe.training.lora_rank else model
+    if not (rank := recipe.training.lora_rank):
+        return model
+    from .adapters import add_adapters  # peft takes its time, and most runs need none of it
+
+    return add_adapters(model, rank)
 
 
 def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForConditionalGeneration:

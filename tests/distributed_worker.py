@@ -76,3 +76,4 @@ if __name__ == "__main__":
         found = {name: one_update(folder, **options) for name, options in SPLITS.items()}
         if os.environ["RANK"] == "0":
             torch.save(found, folder / "updates.pt")
+    torch.distributed.destroy_process_group()

@@ -4,8 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -50,18 +54,41 @@ def recipe_in(folder: Path, **options) -> Path:
 
 
 def launch(*commands: list, seconds: int = 240) -> None:
-    """Starts the commands together, and ends all that they started if one of them fails or waits for ever."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment, "cwd": ROOT}
-    launchers = [subprocess.Popen(list(map(str, c)), start_new_session=True, **pipes) for c in commands]
-    try:
-        for launcher in launchers:
-            output, _ = launcher.communicate(timeout=seconds)
-            assert launcher.returncode == 0, output[-5000:]
-    finally:
-        for launcher in launchers:
-            if launcher.poll() is None:
-                os.killpg(launcher.pid, signal.SIGKILL)
+    """
+    Runs the commands side by side, until all have ended or one has failed. What fails is shown with all that was
+    printed; what takes too long, with the stacks of its threads too.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+    with ExitStack() as files:
+        outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
+        launchers = [
+            subprocess.Popen(list(map(str, c)), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            for c, output in zip(commands, outputs, strict=True)
+        ]
+        end = time.monotonic() + seconds
+        while any(each.poll() is None for each in launchers) and not any(each.poll() for each in launchers):
+            if time.monotonic() > end:
+                signal_workers(launchers, signal.SIGABRT)
+                break
+            time.sleep(0.2)
+        codes = [launcher.poll() for launcher in launchers]
+        if any(code != 0 for code in codes):
+            time.sleep(2)  # for the stacks, and for the others to say that they have lost one
+            signal_workers(launchers, signal.SIGKILL)
+            for output in outputs:
+                output.seek(0)
+            printed = "\n==\n".join(output.read()[-8000:] for output in outputs)
+            pytest.fail(f"exit codes {codes} (None: still running)\n{printed}")
+
+
+def signal_workers(launchers: list[subprocess.Popen], number: int) -> None:
+    """To all that still runs of what was started. torch gives the workers sessions of their own."""
+    for launcher in launchers:
+        if launcher.poll() is None:
+            family = psutil.Process(launcher.pid)
+            for process in [*family.children(recursive=True), family]:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
 
 @pytest.fixture(scope="module", params=KINDS)

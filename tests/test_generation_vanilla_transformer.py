@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration
@@ -285,6 +285,18 @@ class TestDefaults:
         assert reloaded.generation_config.to_dict() | {"_from_model_config": None} == (
             model.generation_config.to_dict() | {"_from_model_config": None}
         )
+
+    @pytest.mark.parametrize("num_beams", [1, 4])
+    def test_a_call_is_prepared_once(self, model, source, monkeypatch, num_beams):
+        calls = []
+        prepare = GenerationMixin._prepare_generation_config
+        monkeypatch.setattr(
+            GenerationMixin,
+            "_prepare_generation_config",
+            lambda *args, **kwargs: calls.append(1) or prepare(*args, **kwargs),
+        )
+        model.generate(**source, num_beams=num_beams, max_new_tokens=2)
+        assert len(calls) == 1
 
     def test_no_default_length_is_written_to_the_generation_config(self, model, source):
         before = model.generation_config.to_dict()

@@ -92,8 +92,9 @@ def test_learned_positions_end_in_the_model_s_error(tiny_model, source):
 @pytest.mark.parametrize(("rows", "inside", "out"), [(5, 17, 33), (400, 17, 33), (2, 400, 700)])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("compute_type", TYPES)
+@pytest.mark.parametrize("fine", [False, True])
 @torch.inference_mode()
-def test_a_packed_product_is_the_product(compute_type, relu, rows, inside, out):
+def test_a_packed_product_is_the_product(compute_type, relu, fine, rows, inside, out):
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(out, inside, generator=generator), torch.randn(out, generator=generator)
     weight *= (17 / inside) ** 0.5  # sums of one size
@@ -103,9 +104,28 @@ def test_a_packed_product_is_the_product(compute_type, relu, rows, inside, out):
     # 24 bits; 8 bits; 7 or 8 bits for weights and states.
     tolerance = {"float32": 2e-5, "bfloat16": 0.15, "int8": 0.4}[compute_type]
     for function in (pack_linear, *([inference._plain_linear] if compute_type != "int8" else [])):
-        result = function(weight, bias, compute_type, relu)(x)
+        multiply = function(weight, bias, compute_type, relu, *([fine] if function is pack_linear else []))
+        result = multiply(x)
         assert result.dtype == torch.float32
         assert (result - expected).abs().max() < tolerance
+        assert (multiply(x[:1, :1]) - expected[:1, :1]).abs().max() < tolerance
+
+
+@needs_fbgemm
+@torch.inference_mode()
+def test_fine_int8_rounds_each_row_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(40, 30, generator=generator), torch.randn(6, 30, generator=generator)
+    multiply = pack_linear(weight, torch.zeros(40), "int8", fine=True)
+    alone = multiply(x)
+    assert (alone - x @ weight.T).abs().max() < 0.4
+    beside_larger_ones = multiply(torch.cat([x, 1000 * x, torch.zeros(1, 30)]))
+    torch.testing.assert_close(beside_larger_ones[:6], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(beside_larger_ones[6:12], 1000 * alone, rtol=1e-5, atol=1e-2)
+    assert not beside_larger_ones[12].any()
+    # With one scale for all, the small rows are lost beside the large ones.
+    coarse = pack_linear(weight, torch.zeros(40), "int8")(torch.cat([x, 1000 * x]))
+    assert (coarse[:6] - x @ weight.T).abs().max() > 1
 
 
 def test_packing_int8_leaves_the_process_s_quantisation_engine(tiny_model):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -360,3 +361,5 @@ def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run_program(main, sys.argv[1:])
+    if dist.is_initialized():
+        dist.destroy_process_group()

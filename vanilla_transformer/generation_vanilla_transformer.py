@@ -40,7 +40,12 @@ KNOWN_INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_att
 
 
 class SharedEncoding(BaseModelOutput):
-    """The encoder's output, which all beams of a sentence read as it is: it is not to be copied for each."""
+    """
+    The encoder's output, which all beams of a sentence read as it is: it is not to be copied for each.
+
+    It also brings into transformers' `generate()` what ours has prepared: `prepared`, the generation config and the
+    model's inputs.
+    """
 
 
 class VanillaTransformerGenerationMixin(GenerationMixin):
@@ -159,6 +164,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             return _outside_inference_mode(result)
 
         encoding = SharedEncoding(last_hidden_state=memories[0])
+        encoding.prepared = (config, model_inputs)
         return super().generate(
             inputs, generation_config, **{**kwargs, "custom_generate": search, "encoder_outputs": encoding}
         )
@@ -189,6 +195,19 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             "a model in training mode": self.training,
         }
         return next((reason for reason, present in wanted.items() if present), None)
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any) -> Any:
+        """Once for each call of `generate()`, not twice."""
+        encoding = kwargs.get("encoder_outputs")
+        if isinstance(encoding, SharedEncoding):
+            config, model_inputs = encoding.prepared
+            return config, model_inputs | {"encoder_outputs": encoding}
+        return super()._prepare_generation_config(generation_config, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        """What our searches get is known (`_why_not_here`)."""
+        if not isinstance(model_kwargs.get("encoder_outputs"), SharedEncoding):
+            super()._validate_model_kwargs(model_kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
         """transformers copies every input for each beam. Our searches need no copies."""

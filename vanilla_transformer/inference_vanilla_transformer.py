@@ -37,7 +37,9 @@ _PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False) -> _Linear:
+def pack_linear(
+    weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False, fine: bool = False
+) -> _Linear:
     """
     x W^T + b, of float32 states into float32 states, computed in `compute_type`.
 
@@ -46,9 +48,10 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, rel
         compute_type: "float32"; "bfloat16", with sums in float32; or "int8": weights rounded to 8 bits, with a scale
             for each row, and states to 8 bits, with a scale for each call (torch's dynamic quantisation, by FBGEMM).
         relu: whether max(0, .) follows.
+        fine: in int8, a scale for each row of states too: closer to float32, for a few calls more.
     """
     if compute_type == "int8":
-        return _int8_linear(weight, bias, relu)
+        return _int8_linear(weight, bias, relu, fine)
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return _plain_linear(weight, bias, compute_type, relu)
     dtype = getattr(torch, compute_type)
@@ -62,7 +65,9 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, rel
 def _float32_linear(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linear:
     """By oneDNN; where there is little to multiply, without its overhead."""
     product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
-    few = FEW_PRODUCTS // len(weight)
+    # A small matrix stays in the cache of a core, where the plain product reads it.
+    products = 8 * FEW_PRODUCTS if weight.numel() <= FEW_PRODUCTS // 2 else FEW_PRODUCTS
+    few = products // len(weight)
     if few < weight.shape[1]:
         return lambda x: product(x, packed, bias, after, [], "")
 
@@ -82,7 +87,7 @@ def _plain_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, r
     return lambda x: F.linear(x.to(dtype), weight, bias).float()
 
 
-def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linear:
+def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool, fine: bool) -> _Linear:
     weight, bias = weight.float(), bias.float().contiguous()
     scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
     # FBGEMM is faster but for large matrices such as the output projection.
@@ -91,11 +96,24 @@ def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linea
         warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
         zeros = torch.zeros(len(weight), dtype=torch.long)
         quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(quantized, bias)
-    product = torch.ops.quantized.linear_relu_dynamic if relu else torch.ops.quantized.linear_dynamic
+        packed = torch.ops.quantized.linear_prepack(quantized, None if fine else bias)
     # Without VNNI instructions sums of 8-bit products overflow 16 bits, unless the states have 7.
     reduce_range = not torch.cpu._is_vnni_supported()
-    return lambda x: product(x, packed, reduce_range)
+    product, product_relu = torch.ops.quantized.linear_dynamic, torch.ops.quantized.linear_relu_dynamic
+    if not fine:
+        product = product_relu if relu else product
+        return lambda x: product(x, packed, reduce_range)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == x.shape[-1]:
+            x = product(x, packed, reduce_range).add_(bias)
+        else:
+            # The product has one scale for all states: rows are brought to one size, and back.
+            sizes = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+            x = torch.addcmul(bias, product(x / sizes, packed, reduce_range), sizes)
+        return x.relu_() if relu else x
+
+    return linear
 
 
 _quantized_engine = threading.Lock()
@@ -298,7 +316,7 @@ class _Layer:
         self.self_norm = _norm(layer.self_attn_layer_norm)
         fused = isinstance(layer.activation_fn, nn.ReLU)
         self.activation = None if fused else layer.activation_fn
-        self.fc1 = pack_linear(*_parameters(layer.fc1), compute_type, relu=fused)
+        self.fc1 = pack_linear(*_parameters(layer.fc1), compute_type, relu=fused, fine=True)
         self.fc2 = pack_linear(*_parameters(layer.fc2), compute_type)
         self.final_norm = _norm(layer.final_layer_norm)
 
@@ -341,17 +359,8 @@ class _DecoderLayer(_Layer):
         super().__init__(layer, compute_type)
         encoder_attn = layer.encoder_attn
         self.cross_query = pack_linear(*_scaled(encoder_attn), compute_type)
-        self.cross_key_value = _packed_together(
-            [_parameters(encoder_attn.k_proj), _parameters(encoder_attn.v_proj)], compute_type
-        )
         self.cross_out = pack_linear(*_parameters(encoder_attn.out_proj), compute_type)
         self.cross_norm = _norm(layer.encoder_attn_layer_norm)
-
-    def read_source(self, memory: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the source, `[B, S, d_model]` -> `[B * H, S, d]`."""
-        both = self.cross_key_value(memory).to(dtype).split((self.heads * self.d_k, self.heads * self.d_v), dim=-1)
-        key, value = (states.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1) for states in both)
-        return key, value
 
     def forward(
         self,
@@ -415,17 +424,21 @@ class PackedTransformer:
         self.encoder_layers = [_EncoderLayer(layer, compute_type) for layer in encoder.layers]
         self.decoder_layers = [_DecoderLayer(layer, compute_type) for layer in decoder.layers]
         self.encoder_norm, self.decoder_norm = _norm(encoder.layer_norm), _norm(decoder.layer_norm)
-        self.project = pack_linear(*_parameters(model.lm_head), compute_type)
-        self.positions = torch.empty(0, self.config.d_model, device=self.device)
+        # Keys and values of the source for all layers in one product.
+        cross = [(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in decoder.layers]
+        self.read_source = _packed_together([_parameters(each) for pair in cross for each in pair], compute_type)
+        self.project = pack_linear(*_parameters(model.lm_head), compute_type, fine=True)
+        self.positions = {
+            stack: torch.empty(0, self.config.d_model, device=self.device) for stack in (encoder, decoder)
+        }
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Source `[B, S]` and its mask, 1 for tokens -> `[B, S, d_model]`."""
-        if attention_mask is None:
-            position_ids, mask = torch.arange(input_ids.shape[1], device=self.device)[None], None
-        else:
-            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        positions, mask = self._positions(self.encoder, input_ids.shape[1] - 1)[: input_ids.shape[1]], None
+        if attention_mask is not None:
+            positions = positions[(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)]  # [B, S, d_model]
             mask = attention_mask.bool()[:, None, None]  # [B, 1, 1, S]
-        x = self._embedded(self.encoder, input_ids, position_ids)
+        x = self._embedded(self.encoder, input_ids, positions)
         for layer in self.encoder_layers:
             x = layer.forward(x, mask)
         return self.encoder_norm(x)
@@ -448,8 +461,12 @@ class PackedTransformer:
             source_mask = torch.zeros(attention_mask.shape, device=self.device, dtype=dtype)
             source_mask = source_mask.masked_fill_(attention_mask == 0, float("-inf"))
             source_mask = source_mask.repeat_interleave(layer.heads, dim=0)[:, None]
-        memory = memory.float()
-        cross = [layer.read_source(memory, dtype) for layer in self.decoder_layers]
+        widths = [layer.heads * layer.d_k, layer.heads * layer.d_v] * len(self.decoder_layers)
+        states = [
+            part.unflatten(-1, (layer.heads, -1)).transpose(1, 2).flatten(0, 1)  # [B * H, S, d]
+            for part in self.read_source(memory.float()).to(dtype).split(widths, dim=-1)
+        ]
+        cross = list(zip(states[::2], states[1::2], strict=True))
         rows = sentences if beams else sentences * width
         sizes = (len(self.decoder_layers), rows, layer.heads, layer.d_k, layer.d_v)
         return DecoderState(cross, source_mask, TargetCache(*sizes, beams or padded, self.device, dtype), sentences)
@@ -474,11 +491,11 @@ class PackedTransformer:
         """
         position = state.position
         if isinstance(position, int):
-            encodings = self._positions(position)[position]
+            positions = self._positions(self.decoder, position)[position]
         else:
-            encodings = self._positions(int(position.max()))[position]  # [B, 1, d_model]
+            positions = self._positions(self.decoder, int(position.max()))[position]  # [B, 1, d_model]
         state.position = position + 1
-        x = F.embedding(tokens, self.decoder.embed_tokens.weight).float() * self.decoder.embed_scale + encodings
+        x = self._embedded(self.decoder, tokens, positions)
         state.target.make_room(tokens.numel() // state.target.keys[0].shape[0])
         mask = state.target.mask_for_heads()
         last = len(self.decoder_layers) - 1
@@ -486,19 +503,19 @@ class PackedTransformer:
             x = layer.forward(x, index, state, mask, record if index == last else None)
         return self.project(self.decoder_norm(x)) if logits else x
 
-    def _embedded(self, stack: Any, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        embedded = F.embedding(ids, stack.embed_tokens.weight).float() * stack.embed_scale
-        return embedded + stack.embed_positions(position_ids, torch.float32)
+    def _embedded(self, stack: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`[B, L]` and encodings of their positions, `[..., d_model]` -> `[B, L, d_model]`."""
+        return F.embedding(ids, stack.embed_tokens.weight).float() * stack.embed_scale + positions
 
-    def _positions(self, position: int) -> torch.Tensor:
-        """The decoder's encodings `[L, d_model]` with L above `position`; made for more at a time than are needed."""
-        if position >= len(self.positions):
-            longest = max(64, 2 * position)
+    def _positions(self, stack: Any, last: int) -> torch.Tensor:
+        """A stack's encodings `[L, d_model]` with L above `last`; made for more at a time than are needed."""
+        if last >= len(self.positions[stack]):
+            longest = max(64, 2 * last)
             if self.config.position_embedding_type == "learned":
-                longest = max(position + 1, min(longest, self.config.max_position_embeddings))
+                longest = max(last + 1, min(longest, self.config.max_position_embeddings))
             ids = torch.arange(longest, device=self.device)[None]
-            self.positions = self.decoder.embed_positions(ids, torch.float32)[0]
-        return self.positions
+            self.positions[stack] = stack.embed_positions(ids, torch.float32)[0]
+        return self.positions[stack]
 
 
 def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -525,8 +542,26 @@ def _norm(norm: nn.Module) -> _Linear:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-# A packed copy for each model and compute type, with the state of the weights that it was made from.
-_PACKED: WeakKeyDictionary[PreTrainedModel, dict[str, tuple[Any, PackedTransformer]]] = WeakKeyDictionary()
+class _PackedCopy:
+    """A packed transformer, and what tells whether the model's weights have changed since it was made."""
+
+    def __init__(self, model: PreTrainedModel, compute_type: str, parameters: list[torch.Tensor]):
+        self.transformer = PackedTransformer(model, compute_type)
+        self.versions = self._versions(parameters)
+        # Views: they change with the weights.
+        self.last = [parameter.detach()[(-1,) * parameter.dim()] for parameter in parameters]
+        self.last_values = torch.stack(self.last)
+
+    def is_of(self, parameters: list[torch.Tensor]) -> bool:
+        """By torch's count of changes, and for what avoids it by the last value of each weight."""
+        return self.versions == self._versions(parameters) and torch.equal(torch.stack(self.last), self.last_values)
+
+    @staticmethod
+    def _versions(parameters: list[torch.Tensor]) -> list[tuple[int, int]]:
+        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+
+
+_PACKED: WeakKeyDictionary[PreTrainedModel, dict[str, _PackedCopy]] = WeakKeyDictionary()
 
 
 def packed(model: PreTrainedModel, compute_type: str, parameters: list[torch.Tensor]) -> PackedTransformer:
@@ -537,17 +572,11 @@ def packed(model: PreTrainedModel, compute_type: str, parameters: list[torch.Ten
         compute_type: see `pack_linear`.
         parameters: what `parameters_of_plain_modules` finds.
     """
-    known, weights = _PACKED.setdefault(model, {}), _fingerprint(parameters)
-    if compute_type not in known or known[compute_type][0] != weights:
-        known.pop(compute_type, None)
-        known[compute_type] = (weights, PackedTransformer(model, compute_type))
-    return known[compute_type][1]
-
-
-def _fingerprint(parameters: list[torch.Tensor]) -> Any:
-    """Tells whether weights have changed: by torch's count of changes, and for what avoids it by their last values."""
-    last = torch.stack([parameter.detach().reshape(-1)[-1] for parameter in parameters])
-    return [(parameter.data_ptr(), parameter._version) for parameter in parameters], last.tolist()
+    copies = _PACKED.setdefault(model, {})
+    if compute_type not in copies or not copies[compute_type].is_of(parameters):
+        copies.pop(compute_type, None)
+        copies[compute_type] = _PackedCopy(model, compute_type, parameters)
+    return copies[compute_type].transformer
 
 
 def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | None:
@@ -557,10 +586,16 @@ def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | 
     """
     positions = (model.model.encoder.embed_positions, model.model.decoder.embed_positions)
     parameters: list[Any] = []
-    for module in model.modules():
+    # torch's `modules()` takes three times as long, and this is done at each call of `generate()`.
+    modules: list[nn.Module] = [model]
+    for module in modules:
+        modules.extend(module._modules.values())  # type: ignore[arg-type]  # none of this model's is None
         # A hook wants the module to be called; accelerate's moves its weights at each call.
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if hasattr(module, "_hf_hook") or any(hook.__module__ != _CAPTURING for hook in hooks):
+        if module._forward_hooks or module._forward_pre_hooks:
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if any(hook.__module__ != _CAPTURING for hook in hooks):
+                return None
+        if "_hf_hook" in module.__dict__:
             return None
         if own := module._parameters:
             if type(module) not in _PLAIN and module not in positions:

@@ -35,6 +35,13 @@ needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 is computed by FBGEMM, on x86"
 )
 TYPES = [pytest.param(name, marks=needs_fbgemm if name == "int8" else ()) for name in COMPUTE_TYPES]
+FEW_WEIGHTS = inference.FEW_WEIGHTS
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_in_int8_too(monkeypatch):
+    """The networks of these tests have no others."""
+    monkeypatch.setattr(inference, "FEW_WEIGHTS", 0)
 
 
 @pytest.fixture(scope="session")
@@ -113,18 +120,29 @@ def test_a_packed_product_is_the_product(compute_type, relu, fine, rows, inside,
 
 @needs_fbgemm
 @torch.inference_mode()
+def test_int8_leaves_small_matrices_in_float32(monkeypatch):
+    monkeypatch.setattr(inference, "FEW_WEIGHTS", FEW_WEIGHTS)
+    generator = torch.Generator().manual_seed(0)
+    for out, exact in ((511, True), (512, False)):
+        weight, x = torch.randn(out, 512, generator=generator), torch.randn(4, 512, generator=generator)
+        found = pack_linear(weight, torch.zeros(out), "int8")(x)
+        assert torch.allclose(found, x @ weight.T, rtol=1e-5, atol=1e-4) == exact
+
+
+@needs_fbgemm
+@torch.inference_mode()
 def test_fine_int8_rounds_each_row_by_itself():
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(40, 30, generator=generator), torch.randn(6, 30, generator=generator)
-    multiply = pack_linear(weight, torch.zeros(40), "int8", fine=True)
+    weight, x = torch.randn(600, 500, generator=generator) / 5, torch.randn(6, 500, generator=generator)
+    multiply = pack_linear(weight, torch.zeros(600), "int8", fine=True)
     alone = multiply(x)
     assert (alone - x @ weight.T).abs().max() < 0.4
-    beside_larger_ones = multiply(torch.cat([x, 1000 * x, torch.zeros(1, 30)]))
+    beside_larger_ones = multiply(torch.cat([x, 1000 * x, torch.zeros(1, 500)]))
     torch.testing.assert_close(beside_larger_ones[:6], alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(beside_larger_ones[6:12], 1000 * alone, rtol=1e-5, atol=1e-2)
     assert not beside_larger_ones[12].any()
     # With one scale for all, the small rows are lost beside the large ones.
-    coarse = pack_linear(weight, torch.zeros(40), "int8")(torch.cat([x, 1000 * x]))
+    coarse = pack_linear(weight, torch.zeros(600), "int8")(torch.cat([x, 1000 * x]))
     assert (coarse[:6] - x @ weight.T).abs().max() > 1
 
 

@@ -190,7 +190,6 @@ def search_rows(job: SearchJob) -> torch.Tensor | GenerateEncoderDecoderOutput:
     ids = job.input_ids.repeat_interleave(width, dim=0)  # [B * W, T]
     longest = max(config.max_length, job.criteria.max_length or 0)  # a user's criterion may have another length
     outputs = ids.new_full((len(ids), longest), int(pad) if pad is not None else 0)
-    outputs[:, : ids.shape[1]] = ids
     rows = torch.arange(len(ids), device=ids.device)  # where each row of the batch stands in `outputs`
     unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     decoder, told = _Decoder(job, width, beams=False), _Told(config)
@@ -208,16 +207,18 @@ def search_rows(job: SearchJob) -> torch.Tensor | GenerateEncoderDecoderOutput:
             chosen = logits.argmax(dim=-1)
         if has_eos:
             chosen = torch.where(unfinished, chosen, pad)
-        outputs[rows, ids.shape[1]] = chosen
         ids = torch.cat([ids, chosen[:, None]], dim=1)
         if job.streamer is not None:
             job.streamer.put(chosen.cpu())
         # 3. end
         unfinished = unfinished & _may_go_on(ids, job, told.scores)
         remaining = int(unfinished.sum())
+        some_leave = job.may_leave and _worth_leaving(len(rows) - remaining, len(rows))
+        if remaining == 0 or some_leave:
+            outputs[rows, : ids.shape[1]] = ids
         if remaining == 0:
             break
-        if job.may_leave and _worth_leaving(len(rows) - remaining, len(rows)):
+        if some_leave:
             kept = unfinished.nonzero().squeeze(1)
             decoder.keep(kept)
             rows, ids, unfinished = rows[kept], ids[kept], unfinished[kept]
@@ -237,7 +238,9 @@ def _may_go_on(ids: torch.Tensor, job: SearchJob, scores: tuple[torch.Tensor, ..
     if ids.shape[1] >= job.config.max_length:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     eos = job.config._eos_token_tensor
-    return torch.isin(ids[:, -1], eos if eos is not None else ids.new_empty(0), invert=True)
+    if eos is None:
+        return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    return (ids[:, -1:] != eos).all(dim=1)
 
 
 def _processed(scores: torch.Tensor, ids: torch.Tensor, job: SearchJob) -> torch.Tensor:
@@ -391,7 +394,9 @@ class _Beams:
         return _Candidates(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
 
     def _is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.isin(tokens, self.eos) if self.eos is not None else torch.zeros_like(tokens, dtype=torch.bool)
+        if self.eos is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return (tokens[..., None] == self.eos).any(dim=-1)
 
     def _ends(self, candidates: _Candidates, scores_so_far: Any) -> torch.Tensor:
         """Which candidates end an output, `[rows, K]`."""

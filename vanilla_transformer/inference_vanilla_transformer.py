@@ -27,7 +27,7 @@ from .operations_vanilla_transformer import FEW_PRODUCTS, Linear
 
 
 COMPUTE_TYPES = ("float32", "bfloat16", "int8")
-# With fewer, int8 loses by rounding states what it saves by reading less, and a small network loses 0.3 BLEU (Multi30k).
+# With fewer, int8 loses by rounding states what it saves by reading less, and a small network 0.3 BLEU (on Multi30k).
 FEW_WEIGHTS = 2**18
 
 # The modules whose work is known here. One that something has wrapped (LoRA, quantisation, parallelism) is not.

@@ -35,13 +35,13 @@ needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 is computed by FBGEMM, on x86"
 )
 TYPES = [pytest.param(name, marks=needs_fbgemm if name == "int8" else ()) for name in COMPUTE_TYPES]
-FEW_WEIGHTS = inference.FEW_WEIGHTS
+FEW_INPUTS = inference.FEW_INPUTS
 
 
 @pytest.fixture(autouse=True)
 def small_matrices_in_int8_too(monkeypatch):
     """The networks of these tests have no others."""
-    monkeypatch.setattr(inference, "FEW_WEIGHTS", 0)
+    monkeypatch.setattr(inference, "FEW_INPUTS", 0)
 
 
 @pytest.fixture(scope="session")
@@ -121,11 +121,11 @@ def test_a_packed_product_is_the_product(compute_type, relu, fine, rows, inside,
 @needs_fbgemm
 @torch.inference_mode()
 def test_int8_leaves_small_matrices_in_float32(monkeypatch):
-    monkeypatch.setattr(inference, "FEW_WEIGHTS", FEW_WEIGHTS)
+    monkeypatch.setattr(inference, "FEW_INPUTS", FEW_INPUTS)
     generator = torch.Generator().manual_seed(0)
-    for out, exact in ((511, True), (512, False)):
-        weight, x = torch.randn(out, 512, generator=generator), torch.randn(4, 512, generator=generator)
-        found = pack_linear(weight, torch.zeros(out), "int8")(x)
+    for inside, exact in ((511, True), (512, False)):
+        weight, x = torch.randn(600, inside, generator=generator), torch.randn(4, inside, generator=generator)
+        found = pack_linear(weight, torch.zeros(600), "int8")(x)
         assert torch.allclose(found, x @ weight.T, rtol=1e-5, atol=1e-4) == exact
 
 

@@ -78,6 +78,21 @@ def test_logits_and_encodings_are_those_of_the_modules(tiny_model, source, padde
     assert wrong.abs().max() / expected.encoder_last_hidden_state.std() < TOLERANCE[compute_type]
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="caches are bfloat16 where a CPU computes in it")
+@torch.inference_mode()
+def test_the_caches_of_many_hypotheses_are_bfloat16_and_close(tiny_model, source, padded):
+    model = tiny_model()
+    engine, copies = PackedTransformer(model, "bfloat16"), 2**15 // model.config.d_model // 4
+    targets = padded((12,) * 4, seed=3)[0]
+    few = logits_by_steps(engine, source, targets)
+    many = {name: tensor.repeat(copies, 1) for name, tensor in source.items()}
+    for sources, dtype in ((source, torch.float32), (many, torch.bfloat16)):
+        state = engine.start(engine.encode(**sources), None, 1, False, False)
+        assert state.target.keys[0].dtype == state.cross[0][0].dtype == dtype
+    found = logits_by_steps(engine, many, targets.repeat(copies, 1))[:4]
+    assert (found - few).abs().max() / few.std() < TOLERANCE["bfloat16"]
+
+
 @torch.inference_mode()
 def test_target_positions_beyond_those_prepared_are_right(tiny_model, source, padded):
     model = tiny_model()

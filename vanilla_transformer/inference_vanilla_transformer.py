@@ -480,7 +480,8 @@ class PackedTransformer:
         """That of keys and values. Many are read faster in bfloat16, where a CPU has instructions for it."""
         if self.compute_type == "float32":
             return torch.float32
-        if self.device.type == "cpu" and (hypotheses < 64 or not torch.cpu._is_avx512_bf16_supported()):
+        few = hypotheses * self.config.d_model < 2**15
+        if self.device.type == "cpu" and (few or not torch.cpu._is_avx512_bf16_supported()):
             return torch.float32
         return torch.bfloat16
 

@@ -110,6 +110,17 @@ def test_learned_positions_end_in_the_model_s_error(tiny_model, source):
         model.generate(**source, max_length=50)
 
 
+@torch.inference_mode()
+def test_padding_may_be_longer_than_learned_positions(tiny_model, padded):
+    model = tiny_model(position_embedding_type="learned", max_position_embeddings=7)
+    ids, mask = padded(side="left")
+    wide, wide_mask = (torch.nn.functional.pad(each, (5, 0)) for each in (ids, mask))
+    engine = PackedTransformer(model, "float32")
+    torch.testing.assert_close(
+        engine.encode(wide, wide_mask)[:, 5:][mask.bool()], engine.encode(ids, mask)[mask.bool()]
+    )
+
+
 # Little work, more than is little, and more than is little for one row.
 @pytest.mark.parametrize(("rows", "inside", "out"), [(5, 17, 33), (400, 17, 33), (2, 400, 700)])
 @pytest.mark.parametrize("relu", [False, True])

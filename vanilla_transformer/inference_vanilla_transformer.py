@@ -439,10 +439,13 @@ class PackedTransformer:
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Source `[B, S]` and its mask, 1 for tokens -> `[B, S, d_model]`."""
-        positions, mask = self._positions(self.encoder, input_ids.shape[1] - 1)[: input_ids.shape[1]], None
-        if attention_mask is not None:
-            positions = positions[(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)]  # [B, S, d_model]
+        if attention_mask is None:
+            position_ids, mask = torch.arange(input_ids.shape[1], device=self.device), None
+        else:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, S]
             mask = attention_mask.bool()[:, None, None]  # [B, 1, 1, S]
+        # Padding may be longer than learned positions are.
+        positions = self._positions(self.encoder, int(position_ids.max()))[position_ids]
         x = self._embedded(self.encoder, input_ids, positions)
         for layer in self.encoder_layers:
             x = layer.forward(x, mask)
@@ -496,10 +499,8 @@ class PackedTransformer:
             logits: False spares the output projection (for all tokens of a prefix but the last).
         """
         position = state.position
-        if isinstance(position, int):
-            positions = self._positions(self.decoder, position)[position]
-        else:
-            positions = self._positions(self.decoder, int(position.max()))[position]  # [B, 1, d_model]
+        last = position if isinstance(position, int) else int(position.max())
+        positions = self._positions(self.decoder, last)[position]  # [d_model], or [B, 1, d_model]
         state.position = position + 1
         x = self._embedded(self.decoder, tokens, positions)
         state.target.make_room(tokens.numel() // state.target.keys[0].shape[0])

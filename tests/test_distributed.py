@@ -66,15 +66,18 @@ def launch(*commands: list, seconds: int = 240) -> None:
             for c, output in zip(commands, outputs, strict=True)
         ]
         end = time.monotonic() + seconds
-        while any(each.poll() is None for each in launchers) and not any(each.poll() for each in launchers):
-            if time.monotonic() > end:
-                signal_workers(launchers, signal.SIGABRT)
-                break
-            time.sleep(0.2)
-        codes = [launcher.poll() for launcher in launchers]
-        if any(code != 0 for code in codes):
-            time.sleep(2)  # for the stacks, and for the others to say that they have lost one
+        try:
+            while any(each.poll() is None for each in launchers) and not any(each.poll() for each in launchers):
+                if time.monotonic() > end:
+                    signal_workers(launchers, signal.SIGABRT)
+                    break
+                time.sleep(0.2)
+            codes = [launcher.poll() for launcher in launchers]
+            if any(code != 0 for code in codes):
+                time.sleep(2)  # for the stacks, and for the others to say that they have lost one
+        finally:
             signal_workers(launchers, signal.SIGKILL)
+        if any(code != 0 for code in codes):
             for output in outputs:
                 output.seek(0)
             printed = "\n==\n".join(output.read()[-8000:] for output in outputs)

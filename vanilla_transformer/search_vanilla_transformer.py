@@ -237,10 +237,14 @@ def _may_go_on(ids: torch.Tensor, job: SearchJob, scores: tuple[torch.Tensor, ..
         return ~job.criteria(ids, scores)
     if ids.shape[1] >= job.config.max_length:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    eos = job.config._eos_token_tensor
+    return ~_is_eos(ids[:, -1], job.config._eos_token_tensor)
+
+
+def _is_eos(tokens: torch.Tensor, eos: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens end an output. `torch.isin` takes longer for the few that there are."""
     if eos is None:
-        return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    return (ids[:, -1:] != eos).all(dim=1)
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    return (tokens[..., None] == eos).any(dim=-1)
 
 
 def _processed(scores: torch.Tensor, ids: torch.Tensor, job: SearchJob) -> torch.Tensor:
@@ -386,24 +390,19 @@ class _Beams:
         for group in range(self.groups):
             penalised = log_probs[:, group] - self.config.diversity_penalty * chosen_before[:, None]
             candidates = _continuations(penalised, scores[:, group], self.k, do_sample=False)
-            ends = self._is_eos(candidates.tokens) * NEVER
+            ends = _is_eos(candidates.tokens, self.eos) * NEVER
             tokens = candidates.tokens.gather(1, (candidates.scores + ends).topk(self.width).indices)
             chosen_before.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=chosen_before.dtype))
             found.append(candidates)
         fields = zip(*found, strict=True)
         return _Candidates(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
 
-    def _is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.eos is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        return (tokens[..., None] == self.eos).any(dim=-1)
-
     def _ends(self, candidates: _Candidates, scores_so_far: Any) -> torch.Tensor:
         """Which candidates end an output, `[rows, K]`."""
         if self.job.ends_by_itself:
             if self.length + 1 >= self.config.max_length:
                 return torch.ones_like(candidates.tokens, dtype=torch.bool)
-            return self._is_eos(candidates.tokens)
+            return _is_eos(candidates.tokens, self.eos)
         sequences = self._continued(self.running, candidates, candidates.tokens)
         return self.job.criteria(sequences.flatten(0, 1), scores_so_far).view(candidates.tokens.shape)
 

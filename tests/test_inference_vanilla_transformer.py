@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from compilers import needs_compiler
 from networks import NETWORKS
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
@@ -18,8 +19,8 @@ from vanilla_transformer.inference_vanilla_transformer import (
     COMPUTE_TYPES,
     PackedTransformer,
     TargetCache,
+    copy_of,
     pack_linear,
-    packed,
     parameters_of_plain_modules,
 )
 
@@ -266,15 +267,17 @@ def by_embeddings(model):
         model.model.decoder.embed_tokens.weight[1] += 5.0
 
 
-@pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"compute_type": "bfloat16"}, pytest.param({"compiled": True}, marks=needs_compiler)], ids=str
+)
 @pytest.mark.parametrize(
     "change",
     [by_an_optimizer, by_a_state, by_data, by_a_new_head, by_a_transposed_head, by_no_grad, by_embeddings],
     ids=lambda f: f.__name__,
 )
-def test_changed_weights_are_used_at_once(lively_model, source, change, compute_type):
+def test_changed_weights_are_used_at_once(lively_model, source, change, options):
     model = lively_model()
-    arguments = {**source, "max_new_tokens": 6, "return_dict_in_generate": True, "compute_type": compute_type}
+    arguments = {**source, **options, "max_new_tokens": 6, "return_dict_in_generate": True}
     before = model.generate(**arguments)
     assert torch.equal(model.generate(**arguments).sequences_scores, before.sequences_scores)
     change(model)
@@ -324,8 +327,8 @@ def test_a_model_that_has_decoded_can_be_copied_pickled_and_saved(lively_model, 
 def test_packed_weights_go_with_their_model(tiny_model):
     model = tiny_model()
     parameters = parameters_of_plain_modules(model)
-    engine = weakref.ref(packed(model, "float32", parameters))
-    assert engine() is packed(model, "float32", parameters)
+    engine = weakref.ref(copy_of(model, parameters, PackedTransformer, "float32"))
+    assert engine() is copy_of(model, parameters, PackedTransformer, "float32")
     del model
     gc.collect()
     assert engine() is None
@@ -442,7 +445,7 @@ OWN = {
 
 @pytest.fixture
 def no_search_of_ours(monkeypatch):
-    for name in ("search_beams", "search_rows", "packed"):
+    for name in ("search_beams", "search_rows", "copy_of"):
         monkeypatch.setattr(generation, name, lambda *_: pytest.fail("our search was called"))
 
 

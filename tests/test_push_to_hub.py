@@ -82,7 +82,7 @@ TRANSLATE = """
 import sys
 generation, found_by = sys.modules[type(model).generate.__module__], []
 search = generation.search_beams
-generation.search_beams = lambda job: found_by.append(search.__module__) or search(job)
+generation.search_beams = lambda *job: found_by.append(search.__module__) or search(*job)
 ids = [model.generate(**tokenizer([text], return_tensors="pt"))[0] for text in texts]
 generation.search_beams = search
 """

@@ -1,8 +1,9 @@
 """How `generate()` decodes this model: the paper's beam search (Vaswani et al., 2017, section 6.1) by default.
 
 `generate()` here takes all that transformers' own takes, and what translators ask for besides. It runs the searches
-of `search_vanilla_transformer.py` on the packed network of `inference_vanilla_transformer.py`. What only transformers'
-loops offer (attention weights and states of each step, static caches, assistants, custom loops) they still do.
+of `search_vanilla_transformer.py` on the packed network of `inference_vanilla_transformer.py`, or both as the compiled
+program of `native_vanilla_transformer.py`. What only transformers' loops offer (attention weights and states of each
+step, static caches, assistants, custom loops) they still do.
 """
 
 import inspect
@@ -18,10 +19,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from .constraints_vanilla_transformer import ForbiddenPhrases, RequiredPhrases
 from .inference_vanilla_transformer import (
     PackedTransformer,
-    packed,
+    copy_of,
     parameters_of_plain_modules,
     resolve_compute_type,
 )
+from .native_vanilla_transformer import NativeTransformer, refuse_impossible
 from .search_vanilla_transformer import Options, SearchJob, search_beams, search_rows
 
 
@@ -39,21 +41,31 @@ SEARCHES = {
 KNOWN_INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "use_cache"}
 
 
+# transformers looks several times in each call which of its own arguments the model and a custom search name. The
+# search names none of them, and for the model the answer is kept, for it takes long to find.
+_NO_PARAMETERS = inspect.Signature()
+
+
 class SharedEncoding(BaseModelOutput):
     """
-    The encoder's output, which all beams of a sentence read as it is: it is not to be copied for each.
-
-    It also brings into transformers' `generate()` what ours has prepared: `prepared`, the generation config and the
-    model's inputs.
+    Stands in transformers' `generate()` for the encoder's output, which our searches compute. It brings there what ours
+    has prepared: `prepared`, the generation config and the model's inputs.
     """
 
 
 class VanillaTransformerGenerationMixin(GenerationMixin):
     """transformers' `generate()` with the paper's defaults: beam 4, and outputs at most 50 tokens over the source."""
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            cls.forward.__signature__ = inspect.signature(cls.forward)
+
     def _set_paper_defaults(self) -> None:
         """Beam 4. A saved `generation_config.json` and arguments of `generate()` both come before it."""
         self.generation_config.num_beams = 4
+        # Or transformers would save options of ours with the others, but not load them.
+        self.generation_config._from_model_config = False
 
     @torch.no_grad()
     def generate(
@@ -62,6 +74,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         compute_type: str | None = None,
+        compiled: bool | None = None,
         length_penalty_form: str | None = None,
         coverage_penalty: float | None = None,
         ensemble: Sequence["VanillaTransformerGenerationMixin"] = (),
@@ -75,6 +88,11 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         Args:
             compute_type: what products with weights are computed in: "float32", "bfloat16", or "int8" (x86 CPUs).
                 Default: the model's dtype. The weights are packed at the first call and kept beside the model.
+            compiled: whether greedy and beam search run as one compiled program, in float32 or int8 on a CPU: several
+                times as fast in small networks (`native_vanilla_transformer.py`). Needs a C++ compiler at the first
+                use on a machine. What the program does not know (sampling, groups, ensembles, phrases, coverage,
+                scores of steps, processors but a minimum length, activations but ReLU) is decoded as without it.
+                Default: False.
             length_penalty_form: what the log-probability of a hypothesis of n tokens is divided by, with
                 `length_penalty` as alpha: "power", n^alpha, as in transformers and fairseq (default); "gnmt",
                 ((5 + n) / 6)^alpha, as in the paper, which has alpha = 0.6 (Wu et al., 2016, equation 14).
@@ -94,10 +112,12 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             `past_key_values` is None unless transformers' own loop has decoded.
 
         Raises:
-            ValueError: an argument is wrong, or goes with none of the others that only transformers' loops know.
+            ValueError: an argument is wrong, or goes with none of the others that only transformers' loops know; or the
+                program cannot be compiled, or does not know this machine.
         """
         config, model_inputs = self._prepare_generation_config(generation_config, **_without_extras(kwargs))
         compute_type = _first(compute_type, getattr(config, "compute_type", None))
+        compiled = bool(_first(compiled, getattr(config, "compiled", None)))
         options = _options(config, length_penalty_form, coverage_penalty)
         sentences = _sentences(inputs, model_inputs)
         reason = self._why_not_here(config, model_inputs, sentences, kwargs)
@@ -126,15 +146,14 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             _refuse_impossible_phrases(required, forbidden, config)
             options = options._replace(required=RequiredPhrases(required, config.num_beams))
 
-        # 2. the models, and what they read of the source
-        engine = packed(self, resolve_compute_type(compute_type, self), parameters)
-        engines = [engine]
-        for number, model in enumerate(ensemble, start=1):
-            engines.append(_packed_member(self, model, number, compute_type))
-        mask = model_inputs.get("attention_mask")
-        mask = None if mask is None else mask.to(engine.device)
-        with _inference_on(engine.device):
-            memories = [each.encode(sentences.to(engine.device), mask) for each in engines]
+        # 2. the models
+        device, compute_type = parameters[0].device, resolve_compute_type(compute_type, self)
+        members = [
+            (self, parameters),
+            *((model, _member(self, model, number)) for number, model in enumerate(ensemble, 1)),
+        ]
+        if compiled:
+            refuse_impossible(compute_type, device)
 
         # 3. transformers prepares lengths, prefixes, processors and criteria, and calls this to search
         def search(
@@ -147,10 +166,10 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         ) -> Any:
             if required is not None:
                 _refuse_long_phrases(required, generation_config.max_length - input_ids.shape[1])
+            mask = model_inputs.get("attention_mask")
             job = SearchJob(
-                engines=engines,
-                memories=memories,
-                source_mask=mask,
+                source=sentences.to(device),
+                source_mask=None if mask is None else mask.to(device),
                 input_ids=input_ids,
                 prefix_mask=model_kwargs.get("decoder_attention_mask"),
                 processors=logits_processor,
@@ -159,11 +178,17 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
                 streamer=kwargs.get("streamer"),
                 options=options,
             )
-            with _inference_on(engine.device):
-                result = search_beams(job) if generation_config.num_beams > 1 else search_rows(job)
+            with _inference_on(device):
+                if compiled and not ensemble and NativeTransformer.can_search(self, job):
+                    result = copy_of(self, parameters, NativeTransformer, compute_type).search(job)
+                else:
+                    engines = [copy_of(*member, PackedTransformer, compute_type) for member in members]
+                    find = search_beams if generation_config.num_beams > 1 else search_rows
+                    result = find(job, engines)
             return _outside_inference_mode(result)
 
-        encoding = SharedEncoding(last_hidden_state=memories[0])
+        search.__signature__ = _NO_PARAMETERS  # type: ignore[attr-defined]
+        encoding = SharedEncoding()
         encoding.prepared = (config, model_inputs)
         return super().generate(
             inputs, generation_config, **{**kwargs, "custom_generate": search, "encoder_outputs": encoding}
@@ -285,9 +310,9 @@ def _sentences(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor 
     return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.numel() and not both else None
 
 
-def _packed_member(model: Any, other: Any, number: int, compute_type: str | None) -> PackedTransformer:
+def _member(model: Any, other: Any, number: int) -> list[torch.Tensor]:
     """
-    The packed weights of another model of an ensemble.
+    The parameters of another model of an ensemble.
 
     Raises:
         ValueError: it has another vocabulary, or cannot be packed.
@@ -301,7 +326,7 @@ def _packed_member(model: Any, other: Any, number: int, compute_type: str | None
     parameters = parameters_of_plain_modules(other)
     if parameters is None or other.training:
         raise ValueError(f"ensemble: model {number} must be in evaluation mode, with torch's own layers on one device")
-    return packed(other, resolve_compute_type(compute_type, other), parameters)
+    return parameters
 
 
 def _checked_phrases(name: str, phrases: Sequence | None, sentences: int, config: Any) -> list[list[list[int]]] | None:

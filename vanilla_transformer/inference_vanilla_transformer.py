@@ -315,14 +315,15 @@ class _Layer:
         self.d_k, self.d_v = self_attn.d_k, self_attn.d_v
         self.heads = self_attn.q_proj.out_features // self.d_k
         self.qkv = _packed_together(
-            [_scaled(self_attn), _parameters(self_attn.k_proj), _parameters(self_attn.v_proj)], compute_type
+            [scaled_query(self_attn), weight_and_bias(self_attn.k_proj), weight_and_bias(self_attn.v_proj)],
+            compute_type,
         )
-        self.out = pack_linear(*_parameters(self_attn.out_proj), compute_type)
+        self.out = pack_linear(*weight_and_bias(self_attn.out_proj), compute_type)
         self.self_norm = _norm(layer.self_attn_layer_norm)
         fused = isinstance(layer.activation_fn, nn.ReLU)
         self.activation = None if fused else layer.activation_fn
-        self.fc1 = pack_linear(*_parameters(layer.fc1), compute_type, relu=fused, fine=True)
-        self.fc2 = pack_linear(*_parameters(layer.fc2), compute_type)
+        self.fc1 = pack_linear(*weight_and_bias(layer.fc1), compute_type, relu=fused, fine=True)
+        self.fc2 = pack_linear(*weight_and_bias(layer.fc2), compute_type)
         self.final_norm = _norm(layer.final_layer_norm)
 
     def residual(self, x: torch.Tensor, norm: _Linear, sublayer: _Linear) -> torch.Tensor:
@@ -363,8 +364,8 @@ class _DecoderLayer(_Layer):
     def __init__(self, layer: Any, compute_type: str):
         super().__init__(layer, compute_type)
         encoder_attn = layer.encoder_attn
-        self.cross_query = pack_linear(*_scaled(encoder_attn), compute_type)
-        self.cross_out = pack_linear(*_parameters(encoder_attn.out_proj), compute_type)
+        self.cross_query = pack_linear(*scaled_query(encoder_attn), compute_type)
+        self.cross_out = pack_linear(*weight_and_bias(encoder_attn.out_proj), compute_type)
         self.cross_norm = _norm(layer.encoder_attn_layer_norm)
 
     def forward(
@@ -410,6 +411,24 @@ class _DecoderLayer(_Layer):
         return context if context.dtype == torch.float32 else context.float()
 
 
+class PositionTable:
+    """The encodings of a stack's positions in float32, made for more at a time than are needed."""
+
+    def __init__(self, stack: Any):
+        self.stack = stack
+        self.table = torch.empty(0, stack.config.d_model)
+
+    def upto(self, last: int) -> torch.Tensor:
+        """`[L, d_model]` with L above `last`."""
+        if last >= len(self.table):
+            longest, config = max(64, 2 * last), self.stack.config
+            if config.position_embedding_type == "learned":
+                longest = max(last + 1, min(longest, config.max_position_embeddings))
+            ids = torch.arange(longest, device=self.stack.embed_tokens.weight.device)[None]
+            self.table = self.stack.embed_positions(ids, torch.float32)[0].contiguous()
+        return self.table
+
+
 class PackedTransformer:
     """
     A model's weights laid out for decoding, and its computation on them. Products with weights are computed in
@@ -431,11 +450,9 @@ class PackedTransformer:
         self.encoder_norm, self.decoder_norm = _norm(encoder.layer_norm), _norm(decoder.layer_norm)
         # Keys and values of the source for all layers in one product.
         cross = [(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in decoder.layers]
-        self.read_source = _packed_together([_parameters(each) for pair in cross for each in pair], compute_type)
-        self.project = pack_linear(*_parameters(model.lm_head), compute_type, fine=True)
-        self.positions = {
-            stack: torch.empty(0, self.config.d_model, device=self.device) for stack in (encoder, decoder)
-        }
+        self.read_source = _packed_together([weight_and_bias(each) for pair in cross for each in pair], compute_type)
+        self.project = pack_linear(*weight_and_bias(model.lm_head), compute_type, fine=True)
+        self.encoder_positions, self.decoder_positions = PositionTable(encoder), PositionTable(decoder)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Source `[B, S]` and its mask, 1 for tokens -> `[B, S, d_model]`."""
@@ -445,7 +462,7 @@ class PackedTransformer:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, S]
             mask = attention_mask.bool()[:, None, None]  # [B, 1, 1, S]
         # Padding may be longer than learned positions are.
-        positions = self._positions(self.encoder, int(position_ids.max()))[position_ids]
+        positions = self.encoder_positions.upto(int(position_ids.max()))[position_ids]
         x = self._embedded(self.encoder, input_ids, positions)
         for layer in self.encoder_layers:
             x = layer.forward(x, mask)
@@ -500,7 +517,7 @@ class PackedTransformer:
         """
         position = state.position
         last = position if isinstance(position, int) else int(position.max())
-        positions = self._positions(self.decoder, last)[position]  # [d_model], or [B, 1, d_model]
+        positions = self.decoder_positions.upto(last)[position]  # [d_model], or [B, 1, d_model]
         state.position = position + 1
         x = self._embedded(self.decoder, tokens, positions)
         state.target.make_room(tokens.numel() // state.target.keys[0].shape[0])
@@ -514,24 +531,14 @@ class PackedTransformer:
         """`[B, L]` and encodings of their positions, `[..., d_model]` -> `[B, L, d_model]`."""
         return F.embedding(ids, stack.embed_tokens.weight).float() * stack.embed_scale + positions
 
-    def _positions(self, stack: Any, last: int) -> torch.Tensor:
-        """A stack's encodings `[L, d_model]` with L above `last`; made for more at a time than are needed."""
-        if last >= len(self.positions[stack]):
-            longest = max(64, 2 * last)
-            if self.config.position_embedding_type == "learned":
-                longest = max(last + 1, min(longest, self.config.max_position_embeddings))
-            ids = torch.arange(longest, device=self.device)[None]
-            self.positions[stack] = stack.embed_positions(ids, torch.float32)[0]
-        return self.positions[stack]
 
-
-def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_and_bias(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     return linear.weight.detach(), linear.bias.detach()
 
 
-def _scaled(attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_query(attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The projection of queries, with 1 / sqrt(d_k) in it."""
-    weight, bias = _parameters(attention.q_proj)
+    weight, bias = weight_and_bias(attention.q_proj)
     return weight * attention.scaling, bias * attention.scaling
 
 
@@ -549,11 +556,11 @@ def _norm(norm: nn.Module) -> _Linear:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-class _PackedCopy:
-    """A packed transformer, and what tells whether the model's weights have changed since it was made."""
+class _Copy:
+    """What was made of a model's weights, and what tells whether they have changed since."""
 
-    def __init__(self, model: PreTrainedModel, compute_type: str, parameters: list[torch.Tensor]):
-        self.transformer = PackedTransformer(model, compute_type)
+    def __init__(self, made: Any, parameters: list[torch.Tensor]):
+        self.made = made
         self.versions = self._versions(parameters)
         # Views: they change with the weights.
         self.last = [parameter.detach()[(-1,) * parameter.dim()] for parameter in parameters]
@@ -568,22 +575,22 @@ class _PackedCopy:
         return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
 
-_PACKED: WeakKeyDictionary[PreTrainedModel, dict[str, _PackedCopy]] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[PreTrainedModel, dict[Any, _Copy]] = WeakKeyDictionary()
 
 
-def packed(model: PreTrainedModel, compute_type: str, parameters: list[torch.Tensor]) -> PackedTransformer:
+def copy_of(model: PreTrainedModel, parameters: list[torch.Tensor], make: Callable, *arguments: Any) -> Any:
     """
-    The model's packed weights, made at the first use and again after the weights have changed.
+    `make(model, *arguments)`, made at the first use and again after the weights have changed.
 
     Args:
-        compute_type: see `pack_linear`.
         parameters: what `parameters_of_plain_modules` finds.
+        make: a class of packed weights, such as `PackedTransformer`.
     """
-    copies = _PACKED.setdefault(model, {})
-    if compute_type not in copies or not copies[compute_type].is_of(parameters):
-        copies.pop(compute_type, None)
-        copies[compute_type] = _PackedCopy(model, compute_type, parameters)
-    return copies[compute_type].transformer
+    copies, kind = _COPIES.setdefault(model, {}), (make, *arguments)
+    if kind not in copies or not copies[kind].is_of(parameters):
+        copies.pop(kind, None)
+        copies[kind] = _Copy(make(model, *arguments), parameters)
+    return copies[kind].made
 
 
 def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | None:
@@ -608,11 +615,11 @@ def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | 
             if type(module) not in _PLAIN and module not in positions:
                 return None
             parameters += own.values()
-    if any(type(parameter) is not nn.Parameter for parameter in parameters):
+    if set(map(type, parameters)) != {nn.Parameter}:
         return None
-    first = parameters[0]
-    alike = all(each.device == first.device and each.dtype == first.dtype for each in parameters)
-    return parameters if alike and first.dtype in _PACKED_DTYPES else None
+    dtypes, devices = {each.dtype for each in parameters}, {each.device for each in parameters}
+    alike = len(dtypes) == len(devices) == 1
+    return parameters if alike and dtypes.pop() in _PACKED_DTYPES else None
 
 
 def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> str:

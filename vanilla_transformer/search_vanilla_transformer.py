@@ -59,8 +59,7 @@ class Options(NamedTuple):
 class SearchJob:
     """What transformers has prepared for a search."""
 
-    engines: list[PackedTransformer]
-    memories: list[torch.Tensor]  # [B, S, d_model] each
+    source: torch.Tensor  # [B, S]
     source_mask: torch.Tensor | None  # [B, S]
     input_ids: torch.Tensor  # [B, T]
     prefix_mask: torch.Tensor | None  # [B, T]
@@ -97,6 +96,14 @@ class SearchJob:
         eos = self.config._eos_token_tensor
         return type(criterion) is EosTokenCriteria and eos is not None and torch.equal(criterion.eos_token_id, eos)
 
+    @property
+    def fill(self) -> int:
+        """What stands behind the end of an output."""
+        pad, eos = self.config._pad_token_tensor, self.config._eos_token_tensor
+        if self.config.num_beams == 1:
+            return int(pad) if pad is not None else 0
+        return -1 if eos is None else int(pad or eos[0])  # as transformers has it
+
     @cached_property
     def may_leave(self) -> bool:
         """Whether sentences that have ended may leave the batch unnoticed."""
@@ -108,14 +115,14 @@ class SearchJob:
 class _Decoder:
     """All models of an ensemble, step by step; `width` beams, or independent outputs, of each sentence."""
 
-    def __init__(self, job: SearchJob, width: int, beams: bool):
+    def __init__(self, job: SearchJob, engines: list[PackedTransformer], width: int, beams: bool):
         prefix, prefix_mask = job.input_ids, job.prefix_mask
         padded = prefix_mask is not None and not bool(prefix_mask.all())
-        self.engines = job.engines
+        self.engines = engines
         self.sentences = len(prefix)
         self.states: list[DecoderState] = [
-            engine.start(memory, job.source_mask, width, beams, padded)
-            for engine, memory in zip(job.engines, job.memories, strict=True)
+            engine.start(engine.encode(job.source, job.source_mask), job.source_mask, width, beams, padded)
+            for engine in engines
         ]
         self.attended: torch.Tensor | None = None  # the sum over target tokens, [B, W, S]
         self.watch_source = bool(job.options.coverage_penalty)
@@ -184,15 +191,15 @@ class _Told:
             self.scores += (scores.clone(),)
 
 
-def search_rows(job: SearchJob) -> torch.Tensor | GenerateEncoderDecoderOutput:
+def search_rows(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tensor | GenerateEncoderDecoderOutput:
     """Greedy search, or sampling `num_return_sequences` outputs of each sentence (transformers: `_sample`)."""
     config, width, pad = job.config, job.config.num_return_sequences, job.config._pad_token_tensor
     ids = job.input_ids.repeat_interleave(width, dim=0)  # [B * W, T]
     longest = max(config.max_length, job.criteria.max_length or 0)  # a user's criterion may have another length
-    outputs = ids.new_full((len(ids), longest), int(pad) if pad is not None else 0)
+    outputs = ids.new_full((len(ids), longest), job.fill)
     rows = torch.arange(len(ids), device=ids.device)  # where each row of the batch stands in `outputs`
     unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    decoder, told = _Decoder(job, width, beams=False), _Told(config)
+    decoder, told = _Decoder(job, engines, width, beams=False), _Told(config)
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in job.criteria)
     while True:
         # 1. score what may follow
@@ -323,9 +330,8 @@ class _Beams:
         eos = config._eos_token_tensor
         self.eos = eos
         self.k = max(2, 1 + (len(eos) if eos is not None else 0)) * self.width
-        fill = (config._pad_token_tensor or eos[0]) if eos is not None else -1
         rows = len(ids) * self.groups
-        empty = ids.new_full((rows, self.width, config.max_length), int(fill))
+        empty = ids.new_full((rows, self.width, config.max_length), job.fill)
         empty[:, :, : self.length] = ids.repeat_interleave(self.groups, dim=0)[:, None]
 
         self.running = empty[:, :, : self.length].clone()
@@ -509,10 +515,10 @@ _STATES_OF_ROWS = (
 )  # fmt: skip
 
 
-def search_beams(job: SearchJob) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
+def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
     """Beam search, beam sampling and diverse beam search (transformers: `_beam_search`)."""
     config, width = job.config, job.config.num_beams
-    beams, decoder, told = _Beams(job), _Decoder(job, width, beams=True), _Told(config)
+    beams, decoder, told = _Beams(job), _Decoder(job, engines, width, beams=True), _Told(config)
     collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
     buffer = torch.empty(0)
     # Until the first choice a sentence has one hypothesis.
@@ -548,33 +554,42 @@ def search_beams(job: SearchJob) -> torch.Tensor | GenerateBeamEncoderDecoderOut
 
 
 def _collected(
-    job: SearchJob,
-    collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]],
-    told: _Told,
+    job: SearchJob, collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]], told: _Told
 ) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
-    """The results of all sentences in their first order, cut to the longest, in transformers' form."""
-    config = job.config
+    """The results of all sentences in their first order, in transformers' form."""
     order = torch.cat([sentences for sentences, _ in collected]).argsort()
-    best = config.num_return_sequences
 
     def joined(number: int) -> torch.Tensor | None:
         parts = [results[number] for _, results in collected]
         if parts[0] is None:
             return None
-        return torch.cat([part[:, :best] for part in parts if part is not None])[order].flatten(0, 1)
+        return torch.cat([part[:, : job.config.num_return_sequences] for part in parts if part is not None])[order]
 
     sequences, sequences_scores, lengths, lineage = (joined(number) for number in range(4))
     assert sequences is not None
     assert lengths is not None
+    result = beam_outputs(job, sequences, sequences_scores, lengths, lineage)
+    if isinstance(result, GenerateBeamEncoderDecoderOutput):
+        result.scores, result.logits = told.scores, told.logits
+    return result
+
+
+def beam_outputs(
+    job: SearchJob,
+    sequences: torch.Tensor,
+    scores: torch.Tensor | None,
+    lengths: torch.Tensor,
+    lineage: torch.Tensor | None,
+) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
+    """In transformers' form: sequences `[B, n, T]`, scores and lengths `[B, n]`, lineage `[B, n, steps]`."""
     longest = int(lengths.max())
-    sequences = sequences[:, :longest]
-    if not config.return_dict_in_generate:
+    sequences = sequences.flatten(0, 1)[:, :longest]
+    if not job.config.return_dict_in_generate:
         return sequences
+    assert scores is not None
     assert lineage is not None
     return GenerateBeamEncoderDecoderOutput(
         sequences=sequences,
-        sequences_scores=sequences_scores,
-        scores=told.scores,
-        logits=told.logits,
-        beam_indices=lineage[:, : longest - job.input_ids.shape[1]],
+        sequences_scores=scores.flatten(),
+        beam_indices=lineage.flatten(0, 1)[:, : longest - job.input_ids.shape[1]],
     )

@@ -1,0 +1,277 @@
+"""The compiled program itself. tests/test_search_vanilla_transformer.py runs all searches through it."""
+
+import copy
+import multiprocessing
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from compilers import needs_compiler, needs_vnni
+from networks import NETWORKS
+from transformers import GenerationMixin
+
+from vanilla_transformer import native_vanilla_transformer as native
+from vanilla_transformer.inference_vanilla_transformer import PackedTransformer
+
+
+pytestmark = needs_compiler
+
+LENGTHS = (7, 4, 1, 6, 3, 8, 2, 5, 70, 6, 3, 7)
+FOUND = {"num_beams": 5, "num_return_sequences": 3, "return_dict_in_generate": True}
+INSTRUCTIONS = {"of this machine": None, "AVX2": ["-march=x86-64-v3"], "none": []}
+
+
+@pytest.fixture
+def source(padded):
+    return dict(zip(("input_ids", "attention_mask"), padded(LENGTHS), strict=True))
+
+
+@pytest.fixture
+def compiled_anew(monkeypatch, tmp_path):
+    """The program is compiled in this test, into an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield tmp_path / "cache" / "vanilla_transformer"
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def no_other_search(monkeypatch):
+    """Fails if anything but the program decodes."""
+    monkeypatch.setattr(PackedTransformer, "__init__", lambda *_: pytest.fail("another search was used"))
+
+
+def assert_found_as_by_transformers(model, **options) -> None:
+    ours = model.generate(**options, **FOUND, compiled=True)
+    stock = GenerationMixin.generate(model, **options, **FOUND, output_scores=True)  # or it tells no scores at all
+    assert torch.equal(ours.sequences, stock.sequences)
+    assert torch.equal(ours.beam_indices, stock.beam_indices)
+    torch.testing.assert_close(ours.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-6)
+
+
+class TestNetworks:
+    @pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS.keys())
+    def test_every_network_is_computed(self, lively_model, source, fields):
+        model = lively_model(**{"tie_word_embeddings": False, "max_position_embeddings": 99, **fields})
+        assert_found_as_by_transformers(model, **source, max_new_tokens=12)
+
+    @pytest.mark.parametrize("name", INSTRUCTIONS)
+    def test_with_any_instructions(self, lively_model, source, monkeypatch, compiled_anew, no_other_search, name):
+        if name == "AVX2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+            pytest.skip("this machine has no AVX2")
+        if INSTRUCTIONS[name] is not None:
+            monkeypatch.setattr(native, "instructions", lambda: INSTRUCTIONS[name])
+        model = lively_model()
+        # Long enough for rows that nobody descends from to be dropped.
+        assert_found_as_by_transformers(model, **source, max_new_tokens=60, min_new_tokens=45)
+        assert len(list(compiled_anew.glob("*.so"))) == 1
+
+    def test_panels_of_columns_keys_and_values_may_be_more_than_one(self, tiny_model, padded, no_other_search):
+        sizes = {"vocab_size": 200, "d_model": 96, "encoder_ffn_dim": 150, "decoder_ffn_dim": 70}
+        heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "d_kv": 77, "d_v": 131}
+        model = tiny_model(**sizes, **heads, tie_word_embeddings=False)
+        tokens, mask = padded((150, 64, 65, 1), vocab_size=200)
+        assert_found_as_by_transformers(model, input_ids=tokens, attention_mask=mask, max_new_tokens=20)
+
+    @pytest.mark.parametrize("threads", [1, 2, 5])
+    def test_any_number_of_threads_finds_the_same(self, lively_model, source, threads):
+        model = lively_model()
+        expected = model.generate(**source, **FOUND, compiled=True)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found = model.generate(**source, **FOUND, compiled=True)
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.sequences_scores, expected.sequences_scores)
+
+    def test_calls_from_several_threads_do_not_meet(self, lively_model, source):
+        model = lively_model()
+        expected = model.generate(**source, **FOUND, compiled=True)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: model.generate(**source, **FOUND, compiled=True), range(12)))
+        assert all(torch.equal(each.sequences_scores, expected.sequences_scores) for each in found)
+
+    def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(self, lively_model, source):
+        model = lively_model()
+        expected = model.generate(**source, **FOUND, compiled=True).sequences_scores  # its threads are there
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+
+        def work():
+            queue.put(model.generate(**source, **FOUND, compiled=True).sequences_scores.tolist())
+
+        process = context.Process(target=work, daemon=True)
+        process.start()
+        process.join(timeout=60)
+        assert process.exitcode == 0, "it hangs"
+        assert queue.get() == expected.tolist()
+
+    def test_a_source_of_padding_alone_gives_numbers(self, lively_model, source):
+        model = lively_model()
+        alone = model.generate(**source, **FOUND, compiled=True)
+        source["attention_mask"][2] = 0
+        found = model.generate(**source, **FOUND, compiled=True)
+        assert found.sequences_scores.isfinite().all()
+        assert torch.equal(found.sequences_scores[:6], alone.sequences_scores[:6])
+
+
+@needs_vnni
+class TestInt8:
+    """Each row of states and each output of a matrix has a scale: sums of rounded numbers are exact."""
+
+    def test_products_are_those_of_rounded_numbers(self, tiny_model):
+        """A network whose layers add nothing: what it predicts is one product."""
+        model = tiny_model(vocab_size=150, d_model=70, encoder_attention_heads=2, tie_word_embeddings=False)
+        with torch.no_grad():
+            for layer in model.model.decoder.layers:
+                for linear in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2):
+                    linear.weight.zero_()
+                    linear.bias.zero_()
+        tokens = torch.arange(5, 145)[:, None]
+        prefix = torch.cat([torch.ones_like(tokens), tokens], dim=1)
+        options = {"decoder_input_ids": prefix, "max_new_tokens": 1, "num_beams": 2, "return_dict_in_generate": True}
+        found = model.generate(tokens, **options, compiled=True, compute_type="int8")
+        with torch.no_grad():
+            states = model.model(tokens, decoder_input_ids=prefix).last_hidden_state[:, -1].double()
+        weight, bias = model.lm_head.weight.detach().double(), model.lm_head.bias.detach().double()
+
+        def rounded(rows):
+            scales = rows.abs().amax(dim=1, keepdim=True) / 127
+            return (rows / scales).round() * scales
+
+        expected = (rounded(states) @ rounded(weight).T + bias).log_softmax(dim=-1).amax(dim=-1)
+        # A number that lies between two may be rounded to the other one.
+        error = (found.sequences_scores.double() - expected).abs()
+        assert error.median() < 1e-4
+        assert error.max() < 0.02
+
+    @pytest.mark.parametrize("fields", [NETWORKS[name] for name in NETWORKS if name != "gelu"])
+    def test_outputs_are_nearly_those_of_float32(self, lively_model, source, fields):
+        model = lively_model(**{"tie_word_embeddings": False, "max_position_embeddings": 99, **fields})
+        options = {**source, "max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 4, "return_dict_in_generate": True}
+        exact, rounded = (model.generate(**options, compiled=True, compute_type=name) for name in ("float32", "int8"))
+        assert not torch.equal(exact.sequences_scores, rounded.sequences_scores)
+        assert (exact.sequences_scores - rounded.sequences_scores).abs().max() < 0.3
+        assert (exact.sequences == rounded.sequences).float().mean() > 0.7
+
+
+# What the program does not know; it is decoded as without it.
+OTHERS = {
+    "sampling": {"do_sample": True, "num_beams": 1},
+    "sampled beams": {"do_sample": True, "num_beams": 3},
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "coverage": {"num_beams": 4, "coverage_penalty": 0.3},
+    "processors": {"num_beams": 4, "no_repeat_ngram_size": 2},
+    "scores of steps": {"num_beams": 4, "output_scores": True, "return_dict_in_generate": True},
+    "required phrases": {"num_beams": 4, "required_phrases": [[[9]]] * len(LENGTHS)},
+    "forbidden phrases": {"num_beams": 4, "forbidden_phrases": [[[9]]] * len(LENGTHS)},
+    "no cache": {"num_beams": 4, "use_cache": False},
+    "attention weights": {"num_beams": 1, "output_attentions": True, "return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS.keys())
+def test_what_it_does_not_know_is_decoded_without_it(lively_model, source, monkeypatch, options):
+    monkeypatch.setattr(native.NativeTransformer, "search", lambda *_: pytest.fail("the program was used"))
+    outputs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = lively_model(attention="eager")
+        found = model.generate(**source, **options, max_new_tokens=8, compiled=compiled)
+        outputs.append(found if isinstance(found, torch.Tensor) else found.sequences)
+    assert torch.equal(*outputs)
+
+
+def test_an_ensemble_and_other_activations_are_decoded_without_it(lively_model, source, monkeypatch):
+    monkeypatch.setattr(native.NativeTransformer, "search", lambda *_: pytest.fail("the program was used"))
+    model, gelu = lively_model(), lively_model(activation_function="gelu")
+    for options in ({"ensemble": [lively_model(seed=1)]}, {}):
+        chosen = model if options else gelu
+        expected = chosen.generate(**source, **options, max_new_tokens=8)
+        assert torch.equal(chosen.generate(**source, **options, max_new_tokens=8, compiled=True), expected)
+
+
+def test_learned_positions_end_where_they_end(lively_model, padded):
+    """With fewer positions than might be asked for, the search that says so when they are reached is taken."""
+    model = lively_model(position_embedding_type="learned", max_position_embeddings=12)
+    tokens, mask = padded((7, 4, 12))
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    expected = GenerationMixin.generate(model, **batch, max_new_tokens=11)
+    assert torch.equal(model.generate(**batch, max_new_tokens=11, compiled=True), expected)
+    with pytest.raises(ValueError, match="max_position_embeddings=12"):
+        model.generate(**batch, min_new_tokens=20, max_new_tokens=30, compiled=True)
+
+
+def test_it_can_be_saved_with_the_model(lively_model, source, tmp_path, no_other_search):
+    model = lively_model()
+    options = {"compiled": True, "compute_type": "float32", "length_penalty_form": "gnmt", "coverage_penalty": 0.0}
+    model.generation_config.update(**options, allow_custom_entries=True)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert {name: getattr(loaded.generation_config, name, None) for name in options} == options
+    model.generation_config.length_penalty_form = loaded.generation_config.length_penalty_form = "power"
+    expected = GenerationMixin.generate(model, **source, max_new_tokens=8)
+    assert torch.equal(loaded.generate(**source, max_new_tokens=8), expected)
+
+
+class TestCompiling:
+    def test_it_is_compiled_once(self, lively_model, source, monkeypatch, compiled_anew):
+        model = lively_model()
+        expected = model.generate(**source, max_new_tokens=5, compiled=True)
+        monkeypatch.setattr(native.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+        native.library.cache_clear()
+        assert torch.equal(copy.deepcopy(model).generate(**source, max_new_tokens=5, compiled=True), expected)
+        assert [path.suffix for path in compiled_anew.iterdir()] == [".so"]
+
+    def test_the_source_gives_no_warnings(self):
+        strict = ["-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+        command = ["g++", *native.FLAGS, *native.instructions(), *strict, str(native.SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def test_processes_may_compile_at_once(self, tmp_path):
+        code = "from vanilla_transformer.native_vanilla_transformer import library; library()"
+        environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": native.os.environ["PATH"]}
+        several = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+        assert [process.wait(timeout=300) for process in several] == [0, 0, 0]
+        assert [path.suffix for path in (tmp_path / "vanilla_transformer").iterdir()] == [".so"]
+
+    @pytest.mark.parametrize(
+        ("compiler", "told"),
+        [("/no/such/compiler", "needs a C\\+\\+ compiler.*No such file"), ("false", "false failed")],
+    )
+    def test_without_a_compiler_it_is_an_error(self, lively_model, source, monkeypatch, compiled_anew, compiler, told):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(ValueError, match=told):
+            lively_model().generate(**source, compiled=True)
+        assert not list(compiled_anew.iterdir())
+
+    def test_without_its_source_it_is_an_error(self, lively_model, source, monkeypatch, compiled_anew, tmp_path):
+        monkeypatch.setattr(native, "SOURCE", tmp_path / "native_vanilla_transformer.cpp")
+        with pytest.raises(ValueError, match=r"needs.*native_vanilla_transformer\.cpp"):
+            lively_model().generate(**source, compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"compute_type": "bfloat16"}, "compute_type='bfloat16'.*knows float32 or int8"),
+        ({"decoder_input_ids": torch.full((12, 2), 61)}, "decoder_input_ids holds the id 61; ids go from 0 to 60"),
+        ({"input_ids": torch.full((12, 2), -1)}, "input_ids holds the id -1; ids go from 0 to 60"),
+    ],
+)
+def test_wrong_arguments_are_errors(lively_model, source, options, told):
+    if "input_ids" in options:
+        source = {}
+    with pytest.raises((ValueError, IndexError), match=told):
+        lively_model().generate(**source, **options, max_new_tokens=4, compiled=True)
+
+
+def test_int8_without_its_instructions_is_an_error(lively_model, source, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(ValueError, match="VNNI"):
+        lively_model().generate(**source, compiled=True, compute_type="int8")

@@ -1,0 +1,1010 @@
+// The network and its searches as one program, for generate(compiled=True): greedy and beam search on a CPU, in float32
+// or with products in 8 bits.
+//
+// It computes what inference_vanilla_transformer.py and search_vanilla_transformer.py compute, from the same weights,
+// without a call of torch for each product: in a small network those calls take longer than the products. No sum
+// depends on how many rows are computed together, so a sentence's output does not depend on its neighbours at all.
+//
+// All threads run the same functions and share the work of each loop (`Team`). Sizes in the comments: d d_model, V
+// vocabulary, W beams of a sentence, K candidates. A row is a hypothesis, or in the encoder a source token.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using Index = int64_t;
+
+// Memory that begins with a cache line, so that no vector lies in two. It is not filled.
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <class T>
+using Array = std::unique_ptr<T[], Free>;
+using Buffer = Array<float>;
+
+template <class T>
+Array<T> array(Index size) {
+  constexpr size_t kLine = 64;
+  void* memory = std::aligned_alloc(kLine, (size * sizeof(T) / kLine + 1) * kLine);
+  if (!memory) throw std::bad_alloc();
+  return Array<T>(static_cast<T*>(memory));
+}
+Buffer buffer(Index size) { return array<float>(size); }
+
+template <class T>
+Array<T> zeros(Index size) {
+  Array<T> made = array<T>(size);
+  std::fill(&made[0], &made[0] + size, T{});
+  return made;
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNever = -1.0e9f;  // as transformers has it: the score of what must never be chosen
+
+// One of the threads that run a function together.
+struct Team {
+  int rank, size;
+
+  // This thread's part of n pieces of work.
+  std::pair<Index, Index> part(Index n) const { return {n * rank / size, n * (rank + 1) / size}; }
+
+  void wait() const {
+#pragma omp barrier
+  }
+};
+
+// ---- Arithmetic ----------------------------------------------------------------------------------------------------
+
+// A block of kRows rows and kVectors vectors of sums stays in the registers.
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kRows = 6;
+#else
+constexpr int kLanes = 8, kRows = 3;
+#endif
+constexpr int kVectors = 4, kPanel = kVectors * kLanes;
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
+
+// e^x for x <= 0 to 2e-7, as compilers can vectorise it (the polynomial of Cephes' expf). Below -87: e^-87.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer, in the last bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  return y * std::bit_cast<float>((std::bit_cast<int32_t>(shifted) - 0x4B400000 + 127) << 23);
+}
+
+float maximum(const float* x, Index n) {
+  float largest = -kInfinity;
+#pragma omp simd reduction(max : largest)
+  for (Index i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+float sum_of_exponentials(const float* x, Index n, float largest) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (Index i = 0; i < n; ++i) sum += exponential(x[i] - largest);
+  return sum;
+}
+
+// Unrolled early, the loops below leave their sums in registers.
+#define UNROLL _Pragma("GCC unroll 8")
+
+// Up to kRows rows of x times a panel, which is [in, kPanel] with `panel_stride` numbers from one row to the next. The
+// sum over the inputs runs in their order, however many rows there are. b is added, if given, and max(0, .) taken.
+template <int R>
+void block(const float* x, Index x_stride, Index in, const float* panel, Index panel_stride, const float* bias,
+           bool relu, float* y, Index y_stride, Index columns) {
+  Vector sums[R][kVectors];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = bias ? *(const Vector*)(bias + v * kLanes) : Vector{};
+  for (Index i = 0; i < in; ++i) {
+    const Vector* w = (const Vector*)(panel + i * panel_stride);
+    if constexpr (R == 1)  // one row waits for the weights
+      UNROLL for (int v = 0; v < kVectors; ++v) __builtin_prefetch(panel + (i + 16) * panel_stride + v * kLanes);
+    UNROLL for (int r = 0; r < R; ++r)
+      UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] += x[r * x_stride + i] * w[v];
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    float row[kPanel];
+    UNROLL for (int v = 0; v < kVectors; ++v) *(Vector*)(row + v * kLanes) = sums[r][v];
+    for (Index c = 0; c < columns; ++c) y[r * y_stride + c] = relu && row[c] < 0.0f ? 0.0f : row[c];
+  }
+}
+
+#ifdef __AVX512VNNI__
+// The same in 8 bits: groups of four inputs are multiplied and added at once, in whole numbers. States have 128 added,
+// which `offsets`, -128 times the sums of the weights, take away.
+template <int R>
+void block(const uint8_t* x, Index x_stride, const float* x_scales, Index in, const int8_t* panel,
+           const int32_t* offsets, const float* scales, const float* bias, bool relu, float* y, Index y_stride,
+           Index columns) {
+  __m512i sums[R][kVectors];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_si512(offsets + v * kLanes);
+  for (Index i = 0; i < in; i += 4) {
+    __m512i w[kVectors];
+    UNROLL for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(panel + i * kPanel + v * 4 * kLanes);
+    UNROLL for (int r = 0; r < R; ++r) {
+      int32_t four;
+      std::memcpy(&four, x + r * x_stride + i, 4);
+      const __m512i states = _mm512_set1_epi32(four);
+      UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], states, w[v]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    int32_t row[kPanel];
+    UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(row + v * kLanes, sums[r][v]);
+    for (Index c = 0; c < columns; ++c) {
+      const float sum = float(row[c]) * (x_scales[r] * scales[c]) + bias[c];
+      y[r * y_stride + c] = relu && sum < 0.0f ? 0.0f : sum;
+    }
+  }
+}
+#endif
+
+// `run(std::integral_constant<int, rows>)`, for rows up to kRows.
+template <int R = kRows, class Run>
+void with_rows(Index rows, Run run) {
+  if (rows == R) return run(std::integral_constant<int, R>{});
+  if constexpr (R > 1) with_rows<R - 1>(rows, run);
+}
+
+// What products read: rows of numbers and, in int8, the same in 8 bits with a scale for each row.
+class Rows {
+ public:
+  Rows(Index rows, Index width, bool int8)
+      : width_(width), stride_((width + 3) / 4 * 4), int8_(int8), values_(buffer(rows * width)),
+        bytes_(int8 ? rows * stride_ : 0, 128), scales_(int8 ? rows : 0) {}
+
+  float* row(Index r) { return &values_[r * width_]; }
+  const float* row(Index r) const { return &values_[r * width_]; }
+  const uint8_t* bytes(Index r) const { return &bytes_[r * stride_]; }
+  const float* scales(Index r) const { return &scales_[r]; }
+  Index stride() const { return stride_; }
+  bool int8() const { return int8_; }
+
+  // After a row has been written.
+  void round(Index r) {
+    if (!int8_) return;
+    const float* x = row(r);
+    float largest = 1e-12f;
+#pragma omp simd reduction(max : largest)
+    for (Index i = 0; i < width_; ++i) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    scales_[r] = largest / 127.0f;
+    const float factor = 127.0f / largest;
+    uint8_t* to = &bytes_[r * stride_];
+#pragma omp simd
+    for (Index i = 0; i < width_; ++i) to[i] = uint8_t(int32_t(x[i] * factor + 128.5f));
+  }
+
+ private:
+  Index width_, stride_;
+  bool int8_;
+  Buffer values_;
+  std::vector<uint8_t> bytes_;
+  std::vector<float> scales_;
+};
+
+// y = x W^T + b, and max(0, y) if asked for.
+class Linear {
+ public:
+  // weight: [out, in]. It is laid out in panels, [out / kPanel, in, kPanel], as `block` reads it; in int8 four inputs
+  // of an output lie together.
+  Linear(const float* weight, const float* bias, Index out, Index in, bool relu, bool int8)
+      : out_(out), in_(int8 ? (in + 3) / 4 * 4 : in), panels_((out + kPanel - 1) / kPanel), relu_(relu), int8_(int8),
+        bias_(zeros<float>(panels_ * kPanel)) {
+    const Index columns = panels_ * kPanel;
+    std::copy(bias, bias + out, &bias_[0]);
+    if (int8) {
+      bytes_ = zeros<int8_t>(columns * in_);
+      scales_ = zeros<float>(columns);
+      offsets_ = zeros<int32_t>(columns);
+    } else {
+      weight_ = zeros<float>(columns * in_);
+    }
+    for (Index o = 0; o < out; ++o) {
+      const float* row = weight + o * in;
+      const Index panel = o / kPanel * in_ * kPanel, column = o % kPanel;
+      if (!int8) {
+        for (Index i = 0; i < in; ++i) weight_[panel + i * kPanel + column] = row[i];
+        continue;
+      }
+      float largest = 1e-12f;
+      for (Index i = 0; i < in; ++i) largest = std::max(largest, std::fabs(row[i]));
+      scales_[o] = largest / 127.0f;
+      for (Index i = 0; i < in; ++i) {
+        const int8_t rounded = int8_t(std::lrint(row[i] / scales_[o]));
+        bytes_[panel + i / 4 * 4 * kPanel + column * 4 + i % 4] = rounded;
+        offsets_[o] -= 128 * rounded;
+      }
+    }
+  }
+
+  // x: [rows, in] -> y: [rows, out].
+  void operator()(const Team& team, const Rows& x, Index rows, float* y) const {
+    constexpr Index kGroup = 8 * kRows;  // rows of a piece of work
+    const Index groups = (rows + kGroup - 1) / kGroup;
+    const auto [first, last] = team.part(panels_ * groups);
+    for (Index piece = first; piece < last; ++piece) {
+      const Index panel = piece / groups, begin = piece % groups * kGroup, end = std::min(rows, begin + kGroup);
+      const Index column = panel * kPanel, columns = std::min<Index>(kPanel, out_ - column);
+      for (Index row = begin; row < end; row += kRows) {
+        with_rows(std::min<Index>(kRows, end - row), [&](auto count) {
+          float* to = y + row * out_ + column;
+#ifdef __AVX512VNNI__
+          if (int8_)
+            return block<count>(x.bytes(row), x.stride(), x.scales(row), in_, &bytes_[column * in_], &offsets_[column],
+                                &scales_[column], &bias_[column], relu_, to, out_, columns);
+#endif
+          block<count>(x.row(row), in_, in_, &weight_[column * in_], kPanel, &bias_[column], relu_, to, out_, columns);
+        });
+      }
+    }
+  }
+
+ private:
+  Index out_, in_, panels_;
+  bool relu_, int8_;
+  Buffer weight_, bias_, scales_;
+  Array<int8_t> bytes_;
+  Array<int32_t> offsets_;
+};
+
+class Norm {
+ public:
+  Norm() = default;  // the identity
+  Norm(const float* weight, const float* bias, Index size, float eps)
+      : weight_(weight, weight + size), bias_(bias, bias + size), eps_(eps) {}
+
+  // One row.
+  void operator()(const float* x, Index size, float* y) const {
+    if (weight_.empty()) {
+      std::copy(x, x + size, y);
+      return;
+    }
+    float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (Index i = 0; i < size; ++i) sum += x[i];
+    const float mean = sum / size;
+#pragma omp simd reduction(+ : squares)
+    for (Index i = 0; i < size; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1.0f / std::sqrt(squares / size + eps_);
+    for (Index i = 0; i < size; ++i) y[i] = (x[i] - mean) * scale * weight_[i] + bias_[i];
+  }
+
+ private:
+  std::vector<float> weight_, bias_;
+  float eps_ = 0.0f;
+};
+
+// ---- Attention -----------------------------------------------------------------------------------------------------
+
+// The attention's weights from its scores, in place: softmax over n.
+void softmax(float* scores, Index n) {
+  const float largest = maximum(scores, n);
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (Index t = 0; t < n; ++t) sum += scores[t] = exponential(scores[t] - largest);
+#pragma omp simd
+  for (Index t = 0; t < n; ++t) scores[t] /= sum;
+}
+
+// softmax(q K^T) V of one head and query (Vaswani et al., 2017, equation 1). 1 / sqrt(d_k) is part of the query.
+// key(t) points to the t-th key, whose value lies `to_value` numbers on; `weights` has room for n.
+template <class Key>
+void attend(const float* query, Index n, Key key, Index d_k, Index d_v, Index to_value, float* weights,
+            float* context) {
+  for (Index t = 0; t < n; ++t) {
+    const float* k = key(t);
+    float score = 0.0f;
+#pragma omp simd reduction(+ : score)
+    for (Index i = 0; i < d_k; ++i) score += query[i] * k[i];
+    weights[t] = score;
+  }
+  softmax(weights, n);
+  std::fill(context, context + d_v, 0.0f);
+  for (Index t = 0; t < n; ++t) {
+    const float* value = key(t) + to_value;
+#pragma omp simd
+    for (Index i = 0; i < d_v; ++i) context[i] += weights[t] * value[i];
+  }
+}
+
+struct Heads {
+  Index count, d_k, d_v;
+
+  Index keys() const { return count * d_k; }
+  Index values() const { return count * d_v; }
+  Index both() const { return keys() + values(); }  // a row of a cache: the keys of all heads, then their values
+};
+
+// Rows that look at the same sentence.
+struct Group {
+  Index first_row, rows, sentence;
+};
+
+// So many rows from the first one on, in groups of at most kRows.
+void add_groups(std::vector<Group>& groups, Index first_row, Index rows, Index sentence) {
+  for (Index row = 0; row < rows; row += kRows)
+    groups.push_back({first_row + row, std::min<Index>(kRows, rows - row), sentence});
+}
+
+// Keys and values of whole sentences, at which rows look in groups. The keys are laid out as panels of kPanel tokens:
+// queries times keys is then a product like any other, and so is weights times values.
+class Source {
+ public:
+  Source(const Heads& heads, const Index* starts, Index sentences) : heads_(heads), starts_(starts) {
+    first_panel_.push_back(0);
+    for (Index s = 0; s < sentences; ++s) first_panel_.push_back(first_panel_[s] + (length(s) + kPanel - 1) / kPanel);
+    for (Index s = 0; s < sentences; ++s) sentence_of_token_.insert(sentence_of_token_.end(), length(s), s);
+    panels_ = buffer(first_panel_.back() * kPanel * heads.keys());
+  }
+
+  Index tokens() const { return sentence_of_token_.size(); }
+  Index sentence(Index token) const { return sentence_of_token_[token]; }
+  Index position(Index token) const { return token - starts_[sentence(token)]; }
+  Index length(Index s) const { return starts_[s + 1] - starts_[s]; }
+
+  // states: [tokens, stride], of which the first numbers are `Heads::both`. Values stay where they are, and products
+  // read up to kPanel numbers beyond them.
+  void read(const Team& team, const float* states, Index stride) {
+    values_ = states + heads_.keys();
+    stride_ = stride;
+    const auto [first, last] = team.part(tokens());
+    for (Index token = first; token < last; ++token)
+      for (Index head = 0; head < heads_.count; ++head) {
+        const float* key = states + token * stride + head * heads_.d_k;
+        float* to = panel(sentence(token), head, position(token) / kPanel) + position(token) % kPanel;
+        for (Index i = 0; i < heads_.d_k; ++i) to[i * kPanel] = key[i];
+      }
+  }
+
+  // One head of a group. query: [rows, keys()] -> context: [rows, values()]; weights: room for kRows * room numbers.
+  void attend(const Group& group, Index head, const float* query, float* weights, Index room, float* context) const {
+    const Index n = length(group.sentence);
+    with_rows(group.rows, [&](auto rows) {
+      for (Index t = 0; t < n; t += kPanel)
+        block<rows>(query + head * heads_.d_k, heads_.keys(), heads_.d_k, panel(group.sentence, head, t / kPanel),
+                    kPanel, nullptr, false, weights + t, room, std::min<Index>(kPanel, n - t));
+      for (Index r = 0; r < rows; ++r) softmax(weights + r * room, n);
+      const float* values = values_ + starts_[group.sentence] * stride_ + head * heads_.d_v;
+      for (Index i = 0; i < heads_.d_v; i += kPanel)
+        block<rows>(weights, room, n, values + i, stride_, nullptr, false, context + head * heads_.d_v + i,
+                    heads_.values(), std::min<Index>(kPanel, heads_.d_v - i));
+    });
+  }
+
+ private:
+  float* panel(Index s, Index head, Index i) const {
+    return &panels_[((first_panel_[s] + i) * heads_.count + head) * heads_.d_k * kPanel];
+  }
+
+  Heads heads_;
+  const Index* starts_;
+  std::vector<Index> first_panel_, sentence_of_token_;
+  Buffer panels_;
+  const float* values_ = nullptr;
+  Index stride_ = 0;
+};
+
+// ---- The network ---------------------------------------------------------------------------------------------------
+
+// Shared with native_vanilla_transformer.py.
+struct Sizes {
+  Index d_model, vocabulary;
+  Index encoder_layers, encoder_heads, encoder_ffn, decoder_layers, decoder_heads, decoder_ffn;
+  Index encoder_d_k, encoder_d_v, decoder_d_k, decoder_d_v;
+  Index normalize_before;
+  Index int8;  // whether products with weights are computed in 8 bits
+  float eps, encoder_scale, decoder_scale;
+};
+
+// Takes the weights in the order in which Python lists them.
+struct Weights {
+  const float* const* next;
+  Sizes sizes;
+
+  Linear linear(Index out, Index in, bool relu = false) {
+    const float* const* taken = std::exchange(next, next + 2);
+    return Linear(taken[0], taken[1], out, in, relu, sizes.int8);
+  }
+  Norm norm() {
+    const float* const* taken = std::exchange(next, next + 2);
+    return taken[0] ? Norm(taken[0], taken[1], sizes.d_model, sizes.eps) : Norm();
+  }
+};
+
+struct Layer {
+  Linear query, key_value, out;
+  Norm self_norm;
+  Linear fc1, fc2;
+  Norm final_norm;
+
+  Layer(Weights& weights, const Heads& heads, Index d, Index ffn)
+      : query(weights.linear(heads.keys(), d)),
+        key_value(weights.linear(heads.both(), d)),
+        out(weights.linear(d, heads.values())),
+        self_norm(weights.norm()),
+        fc1(weights.linear(ffn, d, true)),
+        fc2(weights.linear(d, ffn)),
+        final_norm(weights.norm()) {}
+};
+
+struct DecoderLayer : Layer {
+  Linear cross_query, cross_out;
+  Norm cross_norm;
+
+  DecoderLayer(Weights& weights, const Heads& heads, Index d, Index ffn)
+      : Layer(weights, heads, d, ffn),
+        cross_query(weights.linear(heads.keys(), d)),
+        cross_out(weights.linear(d, heads.values())),
+        cross_norm(weights.norm()) {}
+};
+
+struct Network {
+  Sizes sizes;
+  Heads encoder_heads, decoder_heads;
+  std::vector<Layer> encoder;
+  Norm encoder_norm;
+  std::vector<DecoderLayer> decoder;
+  Norm decoder_norm;
+  std::unique_ptr<Linear> read_source;  // the source's keys and values for all decoder layers
+  std::unique_ptr<Linear> project;
+  const float *encoder_embedding, *decoder_embedding;  // [V, d], not copied
+
+  Network(const Sizes& given, const float* const* pointers)
+      : sizes(given),
+        encoder_heads{given.encoder_heads, given.encoder_d_k, given.encoder_d_v},
+        decoder_heads{given.decoder_heads, given.decoder_d_k, given.decoder_d_v} {
+    Weights weights{pointers, sizes};
+    for (Index i = 0; i < sizes.encoder_layers; ++i)
+      encoder.emplace_back(weights, encoder_heads, sizes.d_model, sizes.encoder_ffn);
+    encoder_norm = weights.norm();
+    for (Index i = 0; i < sizes.decoder_layers; ++i)
+      decoder.emplace_back(weights, decoder_heads, sizes.d_model, sizes.decoder_ffn);
+    decoder_norm = weights.norm();
+    const Index read = sizes.decoder_layers * decoder_heads.both();
+    read_source = std::make_unique<Linear>(weights.linear(read, sizes.d_model));
+    project = std::make_unique<Linear>(weights.linear(sizes.vocabulary, sizes.d_model));
+    encoder_embedding = weights.next[0];
+    decoder_embedding = weights.next[1];
+  }
+};
+
+// The states of some rows on their way through the layers.
+class States {
+ public:
+  States(const Sizes& sizes, const Heads& heads, Index ffn, Index rows, Index longest, Index threads)
+      : d_(sizes.d_model), pre_norm_(sizes.normalize_before), heads_(heads), longest_(longest),
+        x_(rows, d_, sizes.int8), normed_(rows, d_, sizes.int8), context_(rows, heads.values(), sizes.int8),
+        hidden_(rows, ffn, sizes.int8), y_(buffer(rows * d_)), query_(buffer(rows * heads.keys())),
+        weights_(buffer(threads * kRows * longest)) {}
+
+  // Embedding and position of one row.
+  void embed(Index r, const float* embedding, float scale, const float* position) {
+#pragma omp simd
+    for (Index i = 0; i < d_; ++i) x_.row(r)[i] = embedding[i] * scale + position[i];
+    x_.round(r);
+  }
+
+  // Every row r looks at `length` keys, of which key(r, t) points to that of the first head. `cache` receives its own.
+  template <class Key>
+  void self_attention(const Team& team, Index rows, const Layer& layer, float* cache, Index length, Key key) {
+    residual(team, rows, layer.self_norm, [&](const Rows& x) {
+      layer.query(team, x, rows, query_.get());
+      layer.key_value(team, x, rows, cache);
+      team.wait();
+      const auto [first, last] = team.part(rows * heads_.count);
+      for (Index piece = first; piece < last; ++piece) {
+        const Index r = piece / heads_.count, head = piece % heads_.count;
+        attend(
+            &query_[r * heads_.keys() + head * heads_.d_k], length,
+            [&](Index t) { return key(r, t) + head * heads_.d_k; }, heads_.d_k, heads_.d_v,
+            heads_.keys() + head * (heads_.d_v - heads_.d_k), &weights_[team.rank * kRows * longest_],
+            context_.row(r) + head * heads_.d_v);
+      }
+      finish_attention(team, rows, layer.out);
+    });
+  }
+
+  // All tokens of a sentence look at each other.
+  void self_attention(const Team& team, Index rows, const Layer& layer, float* cache, const std::vector<Group>& groups,
+                      Source& source) {
+    residual(team, rows, layer.self_norm, [&](const Rows& x) {
+      layer.query(team, x, rows, query_.get());
+      layer.key_value(team, x, rows, cache);
+      team.wait();
+      source.read(team, cache, heads_.both());
+      team.wait();
+      attend_in_groups(team, groups, source);
+      finish_attention(team, rows, layer.out);
+    });
+  }
+
+  void cross_attention(const Team& team, Index rows, const DecoderLayer& layer, const std::vector<Group>& groups,
+                       const Source& source) {
+    residual(team, rows, layer.cross_norm, [&](const Rows& x) {
+      layer.cross_query(team, x, rows, query_.get());
+      team.wait();
+      attend_in_groups(team, groups, source);
+      finish_attention(team, rows, layer.cross_out);
+    });
+  }
+
+  void feed_forward(const Team& team, Index rows, const Layer& layer) {
+    residual(team, rows, layer.final_norm, [&](const Rows& x) {
+      layer.fc1(team, x, rows, hidden_.row(0));
+      team.wait();
+      round(team, rows, hidden_);
+      layer.fc2(team, hidden_, rows, y_.get());
+    });
+  }
+
+  // The states after a stack's last norm.
+  const Rows& normed(const Team& team, Index rows, const Norm& norm) {
+    const auto [first, last] = team.part(rows);
+    for (Index r = first; r < last; ++r) {
+      norm(x_.row(r), d_, normed_.row(r));
+      normed_.round(r);
+    }
+    team.wait();
+    return normed_;
+  }
+
+ private:
+  // Norm(x + Sublayer(x)) (section 3.1) or, in pre-norm, x + Sublayer(Norm(x)). The sublayer's result is in y_.
+  template <class Sublayer>
+  void residual(const Team& team, Index rows, const Norm& norm, Sublayer sublayer) {
+    sublayer(pre_norm_ ? normed(team, rows, norm) : x_);
+    team.wait();
+    const auto [first, last] = team.part(rows);
+    for (Index r = first; r < last; ++r) {
+      float* x = x_.row(r);
+#pragma omp simd
+      for (Index i = 0; i < d_; ++i) x[i] += y_[r * d_ + i];
+      if (pre_norm_) continue;
+      norm(x, d_, x);
+      x_.round(r);
+    }
+    team.wait();
+  }
+
+  void attend_in_groups(const Team& team, const std::vector<Group>& groups, const Source& source) {
+    const auto [first, last] = team.part(groups.size() * heads_.count);
+    for (Index piece = first; piece < last; ++piece) {
+      const Group& group = groups[piece / heads_.count];
+      source.attend(group, piece % heads_.count, &query_[group.first_row * heads_.keys()],
+                    &weights_[team.rank * kRows * longest_], longest_, context_.row(group.first_row));
+    }
+  }
+
+  void finish_attention(const Team& team, Index rows, const Linear& out) {
+    team.wait();
+    round(team, rows, context_);
+    out(team, context_, rows, y_.get());
+  }
+
+  void round(const Team& team, Index rows, Rows& states) {
+    if (!states.int8()) return;
+    const auto [first, last] = team.part(rows);
+    for (Index r = first; r < last; ++r) states.round(r);
+    team.wait();
+  }
+
+  Index d_;
+  bool pre_norm_;
+  Heads heads_;
+  Index longest_;
+  Rows x_, normed_, context_, hidden_;
+  Buffer y_, query_, weights_;
+};
+
+// ---- The searches --------------------------------------------------------------------------------------------------
+
+// What is asked for, shared with native_vanilla_transformer.py.
+struct Job {
+  Index sentences, threads;
+  const Index* source;         // the ids of all source tokens, sentence after sentence, without padding
+  const Index* source_starts;  // [sentences + 1]: where each sentence begins among them
+  const float *encoder_positions, *decoder_positions;  // [as many as needed, d]
+  const Index* prefix;                                 // [sentences, prefix_length]
+  Index prefix_length, max_length, min_length;         // with the prefix; nothing ends before min_length
+  const Index* eos;
+  Index eos_count;
+  Index beams;  // 0: greedy search
+  Index early_stopping;  // 0: False; 1: True; 2: "never", where longer outputs are favoured
+  const float* length_penalties;  // [max_length]: what the log-probability of n new tokens is divided by
+  Index returned;                 // hypotheses told of each sentence
+  Index* sequences;               // [sentences, returned, max_length], filled with padding
+  float* scores;                  // [sentences, returned]
+  Index* lengths;                 // [sentences, returned]
+  int32_t* lineage;               // [sentences, returned, max_length - prefix_length], filled with -1
+};
+
+struct Candidate {
+  float score;
+  Index beam, token;
+};
+
+// Puts a candidate among the best, which are in order, and drops the last; of equals the earlier stays in front.
+inline void insert(std::vector<Candidate>& best, const Candidate& candidate) {
+  Index place = best.size() - 1;
+  if (!(candidate.score > best[place].score)) return;
+  for (; place > 0 && candidate.score > best[place - 1].score; --place) best[place] = best[place - 1];
+  best[place] = candidate;
+}
+
+// A row of some step: what it continues there, and its token.
+struct Node {
+  Index parent;  // row of the step before
+  Index token;
+  int32_t beam;  // the parent among all beams of the batch, as transformers counts them
+};
+
+struct Finished {
+  float score;
+  bool ended;      // before, the place is free
+  Node node;       // its last token
+  Index position;  // where that stands
+};
+
+struct Sentence {
+  Index number, first_row;
+  std::vector<Candidate> running;  // W, the best first
+  std::vector<Finished> finished;  // likewise
+  bool improvable = true, done = false;
+};
+
+class Search {
+ public:
+  Search(const Network& network, const Job& job)
+      : network_(network), job_(job), width_(std::max<Index>(1, job.beams)),
+        k_(job.beams ? std::max<Index>(2, 1 + job.eos_count) * width_ : 1),
+        source_(network.encoder_heads, job.source_starts, job.sentences) {
+    for (const DecoderLayer& layer [[maybe_unused]] : network.decoder)
+      cross_.emplace_back(network.decoder_heads, job.source_starts, job.sentences);
+    sentences_.resize(job.sentences);
+    for (Index s = 0; s < job.sentences; ++s) {
+      Sentence& sentence = sentences_[s];
+      sentence.number = sentence.first_row = s;
+      // Only the first beam is continued at first: they are all the same.
+      sentence.running.assign(width_, Candidate{kNever, 0, 0});
+      sentence.running[0].score = 0.0f;
+      const Index last = job.prefix_length - 1;
+      sentence.finished.assign(width_, {kNever, false, {s, job.prefix[s * job.prefix_length + last], -1}, last});
+      active_.push_back(s);
+      longest_ = std::max(longest_, source_.length(s));
+    }
+    const Index rows = job.sentences * width_;
+    steps_.resize(job.max_length + 1);
+    for (Index s = 0; s < job.sentences; ++s) {
+      steps_[0].nodes.push_back({s, job.prefix[s * job.prefix_length], -1});
+      groups_.push_back({s, 1, s});
+    }
+    ancestors_.resize(rows * job.max_length);
+    next_ancestors_.resize(rows * job.max_length);
+    best_.resize(rows, std::vector<Candidate>(std::min(k_, network.sizes.vocabulary)));
+    logits_ = buffer(rows * network.sizes.vocabulary);
+  }
+
+  void run(const Team& team) {
+    encode(team);
+    while (!active_.empty()) {
+      const bool in_prefix = position_ + 1 < job_.prefix_length;
+      decode(team);
+      if (in_prefix) {
+        if (team.rank == 0) read_prefix();
+        team.wait();
+        continue;
+      }
+      const Index vocabulary = network_.sizes.vocabulary, rows = steps_[position_].nodes.size();
+      (*network_.project)(team, decoder_->normed(team, rows, network_.decoder_norm), rows, logits_.get());
+      team.wait();
+      const auto [first, last] = team.part(rows);
+      for (Index r = first; r < last; ++r) score(&logits_[r * vocabulary], best_[r]);
+      team.wait();
+      const auto [first_sentence, last_sentence] = team.part(active_.size());
+      for (Index s = first_sentence; s < last_sentence; ++s) {
+        job_.beams ? grow(sentences_[active_[s]]) : choose(sentences_[active_[s]]);
+      }
+      team.wait();
+      if (team.rank == 0) advance();
+      team.wait();
+    }
+    const auto [first, last] = team.part(job_.sentences);
+    for (Index s = first; s < last; ++s) tell(sentences_[s]);
+  }
+
+ private:
+  // A position of the target: the rows that were computed there, and their keys and values, [layers, rows, both].
+  struct Step {
+    std::vector<Node> nodes;
+    Buffer cache;
+    Index rows = 0;
+  };
+
+  // Source tokens of all sentences as rows, then their keys and values for the decoder's layers.
+  void encode(const Team& team) {
+    const Sizes& sizes = network_.sizes;
+    const Index d = sizes.d_model, tokens = source_.tokens(), read = network_.decoder_heads.both();
+    const Index layers = network_.decoder.size();
+    if (team.rank == 0) {
+      encoder_ = std::make_unique<States>(sizes, network_.encoder_heads, sizes.encoder_ffn, tokens, longest_,
+                                          job_.threads);
+      states_of_source_ = buffer(tokens * network_.encoder_heads.both() + kPanel);
+      cross_states_ = buffer(tokens * layers * read + kPanel);
+      for (Index s = 0; s < job_.sentences; ++s)
+        add_groups(groups_of_source_, job_.source_starts[s], source_.length(s), s);
+    }
+    team.wait();
+    const auto [first, last] = team.part(tokens);
+    for (Index r = first; r < last; ++r)
+      encoder_->embed(r, network_.encoder_embedding + job_.source[r] * d, sizes.encoder_scale,
+                      job_.encoder_positions + source_.position(r) * d);
+    team.wait();
+    for (const Layer& layer : network_.encoder) {
+      encoder_->self_attention(team, tokens, layer, states_of_source_.get(), groups_of_source_, source_);
+      encoder_->feed_forward(team, tokens, layer);
+    }
+    (*network_.read_source)(team, encoder_->normed(team, tokens, network_.encoder_norm), tokens, cross_states_.get());
+    team.wait();
+    for (Index l = 0; l < layers; ++l) cross_[l].read(team, &cross_states_[l * read], layers * read);
+    team.wait();
+    if (team.rank == 0) {
+      encoder_.reset();
+      decoder_ = std::make_unique<States>(sizes, network_.decoder_heads, sizes.decoder_ffn, job_.sentences * width_,
+                                          std::max(longest_, job_.max_length), job_.threads);
+    }
+    team.wait();
+  }
+
+  // The tokens at `position_` through the decoder's layers.
+  void decode(const Team& team) {
+    Step& step = steps_[position_];
+    const Index d = network_.sizes.d_model, rows = step.nodes.size(), both = network_.decoder_heads.both();
+    const Index layers = network_.decoder.size();
+    if (team.rank == 0) {
+      step.rows = rows;
+      step.cache = buffer(layers * rows * both);
+    }
+    const auto [first, last] = team.part(rows);
+    for (Index r = first; r < last; ++r)
+      decoder_->embed(r, network_.decoder_embedding + step.nodes[r].token * d, network_.sizes.decoder_scale,
+                      job_.decoder_positions + position_ * d);
+    team.wait();
+    for (Index l = 0; l < layers; ++l) {
+      const DecoderLayer& layer = network_.decoder[l];
+      decoder_->self_attention(team, rows, layer, &step.cache[l * rows * both], position_ + 1, [&](Index r, Index t) {
+        const Index row = t == position_ ? r : ancestors_[r * job_.max_length + t];
+        return &steps_[t].cache[(l * steps_[t].rows + row) * both];
+      });
+      decoder_->cross_attention(team, rows, layer, groups_, cross_[l]);
+      decoder_->feed_forward(team, rows, layer);
+    }
+  }
+
+  // The best continuations of one row, by log-probability (in greedy search by logit).
+  void score(float* logits, std::vector<Candidate>& best) const {
+    const Index vocabulary = network_.sizes.vocabulary;
+    float subtract = 0.0f;
+    if (job_.beams) {
+      const float largest = maximum(logits, vocabulary);
+      subtract = largest + std::log(sum_of_exponentials(logits, vocabulary, largest));
+    }
+    if (position_ + 1 < job_.min_length)
+      for (Index e = 0; e < job_.eos_count; ++e) logits[job_.eos[e]] = -kInfinity;
+    best.assign(best.size(), Candidate{-kInfinity, 0, 0});
+    constexpr Index kChunk = 64;
+    for (Index begin = 0; begin < vocabulary; begin += kChunk) {
+      const Index end = std::min(vocabulary, begin + kChunk);
+      if (!(maximum(logits + begin, end - begin) > best.back().score)) continue;
+      for (Index token = begin; token < end; ++token) insert(best, {logits[token], 0, token});
+    }
+    for (Candidate& candidate : best) candidate.score -= subtract;
+  }
+
+  bool is_eos(Index token) const {
+    const Index* end = job_.eos + job_.eos_count;
+    return std::find(job_.eos, end, token) != end;
+  }
+
+  bool is_last() const { return position_ + 2 >= job_.max_length; }
+
+  Node continued(const Sentence& sentence, const Candidate& candidate) const {
+    const Index parent = sentence.first_row + (is_first() ? 0 : candidate.beam);
+    return {parent, candidate.token, int32_t(sentence.number * width_ + candidate.beam)};
+  }
+
+  // Until the first choice a sentence has one row.
+  bool is_first() const { return position_ + 1 == job_.prefix_length; }
+
+  // Greedy search.
+  void choose(Sentence& sentence) const {
+    sentence.running[0] = best_[sentence.first_row][0];
+    sentence.done = is_last() || is_eos(sentence.running[0].token);
+    if (sentence.done) sentence.finished[0] = {0.0f, true, continued(sentence, sentence.running[0]), position_ + 1};
+  }
+
+  // Beam search, as `_Beams.grow` has it, for one sentence.
+  void grow(Sentence& sentence) const {
+    std::vector<Candidate> candidates(k_, Candidate{-kInfinity, 0, 0});
+    for (Index beam = 0; beam < width_; ++beam)
+      for (const Candidate& next : best_[sentence.first_row + (is_first() ? 0 : beam)])
+        insert(candidates, {next.score + sentence.running[beam].score, beam, next.token});
+    std::vector<char> ends(k_);
+    for (Index k = 0; k < k_; ++k) ends[k] = is_last() || is_eos(candidates[k].token);
+
+    std::vector<Candidate> running(width_, Candidate{-kInfinity, 0, 0});
+    for (Index k = 0; k < k_; ++k) {
+      Candidate candidate = candidates[k];
+      candidate.score += ends[k] ? kNever : 0.0f;
+      insert(running, candidate);
+    }
+    finish(sentence, candidates, ends);
+    sentence.running = std::move(running);
+    judge(sentence, std::all_of(ends.begin(), ends.end(), [](char end) { return end; }));
+  }
+
+  bool all_finished(const Sentence& sentence) const {
+    return std::all_of(sentence.finished.begin(), sentence.finished.end(), [](const Finished& f) { return f.ended; });
+  }
+
+  // Puts candidates that end among the finished, where they are better. Those below the first W stand in for those
+  // that end; they do not end themselves.
+  void finish(Sentence& sentence, const std::vector<Candidate>& candidates, const std::vector<char>& ends) const {
+    const bool closed = !sentence.improvable || (job_.early_stopping == 1 && all_finished(sentence));
+    for (Index k = 0; k < width_; ++k) {
+      if (!ends[k] || closed) continue;
+      const float score = candidates[k].score / job_.length_penalties[position_ + 2 - job_.prefix_length];
+      Index place = width_;
+      while (place > 0 && score > sentence.finished[place - 1].score) --place;
+      if (place == width_) continue;
+      sentence.finished.pop_back();
+      sentence.finished.insert(sentence.finished.begin() + place,
+                               {score, true, continued(sentence, candidates[k]), position_ + 1});
+    }
+  }
+
+  // Whether the running hypotheses can still improve the outcome, as `_Beams._judge` has it.
+  void judge(Sentence& sentence, bool all_end) const {
+    const bool full = all_finished(sentence);
+    if (full) {
+      const Index last = job_.early_stopping == 2 ? job_.max_length : position_ + 2;
+      const Index length = last - job_.prefix_length;
+      const float best = sentence.running[0].score / job_.length_penalties[length];
+      sentence.improvable = sentence.improvable && best > sentence.finished.back().score;
+    }
+    sentence.done = !sentence.improvable || (full && job_.early_stopping == 1) || all_end;
+  }
+
+  void read_prefix() {
+    ++position_;
+    for (Index s = 0; s < job_.sentences; ++s) {
+      steps_[position_].nodes.push_back({s, job_.prefix[s * job_.prefix_length + position_], -1});
+      ancestors_[s * job_.max_length + position_ - 1] = s;
+    }
+  }
+
+  // The next position's rows: the running hypotheses of the sentences that are not done.
+  void advance() {
+    std::erase_if(active_, [&](Index s) { return sentences_[s].done; });
+    std::vector<Node>& nodes = steps_[position_ + 1].nodes;
+    groups_.clear();
+    for (Index s : active_) {
+      Sentence& sentence = sentences_[s];
+      const Index first_row = nodes.size();
+      for (const Candidate& candidate : sentence.running) {
+        const Node node = continued(sentence, candidate);
+        const int32_t* from = &ancestors_[node.parent * job_.max_length];
+        int32_t* to = &next_ancestors_[nodes.size() * job_.max_length];
+        std::copy(from, from + position_, to);
+        to[position_] = node.parent;
+        nodes.push_back(node);
+      }
+      sentence.first_row = first_row;
+      add_groups(groups_, first_row, width_, s);
+    }
+    ancestors_.swap(next_ancestors_);
+    ++position_;
+    if (position_ >= kLag) forget(position_ - kLag);
+  }
+
+  // Drops from a cache the rows that nobody descends from. Beams share most of their history.
+  void forget(Index position) {
+    Step& step = steps_[position];
+    const Index rows = steps_[position_].nodes.size(), both = network_.decoder_heads.both();
+    const Index layers = network_.decoder.size();
+    std::vector<int32_t> place(step.rows, -1);
+    std::vector<Index> living;
+    for (Index r = 0; r < rows; ++r) {
+      int32_t& ancestor = ancestors_[r * job_.max_length + position];
+      if (place[ancestor] < 0) {
+        place[ancestor] = living.size();
+        living.push_back(ancestor);
+      }
+      ancestor = place[ancestor];
+    }
+    Buffer kept = buffer(layers * living.size() * both);
+    for (Index l = 0; l < layers; ++l)
+      for (size_t i = 0; i < living.size(); ++i)
+        std::copy_n(&step.cache[(l * step.rows + living[i]) * both], both, &kept[(l * living.size() + i) * both]);
+    step.cache = std::move(kept);
+    step.rows = living.size();
+  }
+
+  // Writes the best finished hypotheses.
+  void tell(const Sentence& sentence) const {
+    for (Index i = 0; i < job_.returned; ++i) {
+      const Finished& finished = sentence.finished[i];
+      const Index to = sentence.number * job_.returned + i;
+      job_.scores[to] = finished.score;
+      job_.lengths[to] = finished.position + 1;
+      Node node = finished.node;
+      for (Index position = finished.position; position >= 0; --position) {
+        job_.sequences[to * job_.max_length + position] = node.token;
+        const Index step = position - job_.prefix_length;
+        if (step >= 0) job_.lineage[to * (job_.max_length - job_.prefix_length) + step] = node.beam;
+        if (position > 0) node = steps_[position - 1].nodes[node.parent];
+      }
+    }
+  }
+
+  static constexpr Index kLag = 16;  // positions after which most of what will die has died
+
+  const Network& network_;
+  const Job& job_;
+  const Index width_, k_;
+  Source source_;              // for the encoder's layers, one after the other
+  std::vector<Source> cross_;  // for each layer of the decoder
+  Index longest_ = 0;          // source
+  std::vector<Group> groups_of_source_, groups_;
+  std::unique_ptr<States> encoder_, decoder_;
+  Buffer states_of_source_, cross_states_, logits_;
+  std::vector<Sentence> sentences_;
+  std::vector<Index> active_;                        // sentences that are not done
+  Index position_ = 0;                               // of the tokens that are read next
+  std::vector<Step> steps_;
+  std::vector<int32_t> ancestors_, next_ancestors_;  // [rows, max_length]: a row's own rows in the caches before
+  std::vector<std::vector<Candidate>> best_;         // of each row
+};
+
+}  // namespace
+
+extern "C" {
+
+void* vt_create(const Sizes* sizes, const float* const* weights) { return new Network(*sizes, weights); }
+
+void vt_destroy(void* network) { delete static_cast<Network*>(network); }
+
+void vt_search(const void* network, const Job* job) {
+  Search search(*static_cast<const Network*>(network), *job);
+#pragma omp parallel num_threads(job->threads)
+  search.run({omp_get_thread_num(), omp_get_num_threads()});
+}
+
+}

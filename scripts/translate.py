@@ -23,7 +23,7 @@ from typing import Any
 
 
 # What `generate()` is told, where it is given.
-OPTIONS = ("num_beams", "length_penalty", "max_new_tokens", "compute_type")
+OPTIONS = ("num_beams", "length_penalty", "max_new_tokens", "compute_type", "compiled")
 # What a translation that goes on must have in common with its beginning.
 SETTINGS = (*OPTIONS, "n_best", "scores", "window")
 # The processes wait for the slowest of them: as long as that takes.
@@ -54,6 +54,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--scores", action="store_true", help="write `score<TAB>translation`")
     parser.add_argument(
         "--compute_type", choices=("float32", "bfloat16", "int8"), help="type to compute in (default: the model's own)"
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", default=None, help="by the compiled program: float32 or int8, on a CPU"
     )
     return parser.parse_args(argv)
 
@@ -123,10 +126,11 @@ class Translator:
         processes: accelerate's state.
 
     Raises:
-        UserError: there is no such model, or it gives no scores.
+        UserError: there is no such model, it gives no scores, or this machine cannot compute as is asked for.
     """
 
     def __init__(self, arguments: argparse.Namespace, total: int | None, processes: Any):
+        import torch
         from tqdm.auto import tqdm
 
         from vanilla_transformer.training.arguments import UserError
@@ -141,6 +145,12 @@ class Translator:
             raise UserError(f"num_beams={beams} gives no scores: --scores and --n_best need --num_beams 2 or more")
         if (arguments.n_best or 1) > beams:
             raise UserError(f"--n_best {arguments.n_best} is more than num_beams={beams} find: raise --num_beams")
+        # What this machine cannot do is said before anything is translated.
+        try:
+            end = torch.tensor([[self.model.config.eos_token_id]], device=self.model.device)
+            self.model.generate(end, **{**self.options, "max_new_tokens": 1})
+        except ValueError as error:
+            raise UserError(str(error)) from error
         # Of several processes the first one shows its share, times their number.
         self.progress = tqdm(
             total=total,

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
+from compilers import needs_compiler
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianConfig, MarianMTModel
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
@@ -29,8 +30,9 @@ PATH = Path(__file__).parents[1] / "scripts" / "translate.py"
 SPEC = importlib.util.spec_from_file_location("translate_script", PATH)
 SCRIPT = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(SCRIPT)
-# A fork has everything imported.
-FORKS = multiprocessing.get_context("fork")
+# Forks of a process that has everything imported and computes nothing: OpenMP's threads are not forked with it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vanilla_transformer.training.evaluate", "accelerate", "pytest", "hypothesis"])
 WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu", "mé") for last in ("n", "r", "s", "t")]
 SIZES = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -103,15 +105,16 @@ def written(path: Path) -> list[str]:
     return lines
 
 
-WAYS = {
-    "one window": [],
-    "small windows": ["--window", "7"],
-    "a window for each line": ["--window", "1"],
-    "small batches": ["--batch_tokens", "9", "--window", "40"],
-}
+WAYS = [
+    pytest.param([], id="one window"),
+    pytest.param(["--window", "7"], id="small windows"),
+    pytest.param(["--window", "1"], id="a window for each line"),
+    pytest.param(["--batch_tokens", "9", "--window", "40"], id="small batches"),
+    pytest.param(["--compiled"], id="compiled", marks=needs_compiler),
+]
 
 
-@pytest.mark.parametrize("argv", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("argv", WAYS)
 def test_each_line_is_translated_as_if_it_were_alone_and_in_its_place(argv, folder, alone, tmp_path):
     SCRIPT.main(command(folder, tmp_path, make_lines(60), "--num_beams", 3, "--max_new_tokens", 3, *argv))
     assert written(tmp_path / "out.txt") == [one.texts[0] for one in alone]
@@ -345,6 +348,7 @@ OTHERS = {
     "greatest length": (["--max_new_tokens", "4"], "max_new_tokens=3, and this run has max_new_tokens=4"),
     "columns": (["--scores"], "scores=False, and this run has scores=True"),
     "n-best": (["--n_best", "2"], "n_best=None, and this run has n_best=2"),
+    "compiled": (["--compiled"], "compiled=None, and this run has compiled=True"),
     "windows": (["--window", "30"], "window=20, and this run has window=30"),
 }
 
@@ -432,6 +436,10 @@ MISTAKES = {
     "no lines": (["MODEL", "--window", "-1"], "--window -1 must be at least 1"),
     "scores without a beam": (["MODEL", "--scores", "--num_beams", "1"], "--scores and --n_best need --num_beams 2"),
     "more than the beams": (["MODEL", "--n_best", "5"], "--n_best 5 is more than num_beams=4"),
+    "no such program": (
+        ["MODEL", "--compiled", "--compute_type", "bfloat16"],
+        "does not go with compute_type='bfloat16'",
+    ),
 }
 
 

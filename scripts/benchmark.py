@@ -86,13 +86,16 @@ class Contender(NamedTuple):
         return f"{self.side} {self.dtype}{''.join(extras)}"
 
 
-SIDES = {
-    "ours": ("float32", "bfloat16", "int8"),
-    "stock": ("float32",),
-    "marian": ("float32", "bfloat16"),
-    "ctranslate2": ("float32", "int8"),
+DECODERS = {
+    str(contender): contender
+    for contender in (
+        *(Contender("ours", dtype) for dtype in ("float32", "bfloat16", "int8")),
+        *(Contender("ours", dtype, compiled=True) for dtype in ("float32", "int8")),
+        Contender("stock", "float32"),
+        *(Contender("marian", dtype) for dtype in ("float32", "bfloat16")),
+        *(Contender("ctranslate2", dtype) for dtype in ("float32", "int8")),
+    )
 }
-DECODERS = {f"{side} {dtype}": Contender(side, dtype) for side, dtypes in SIDES.items() for dtype in dtypes}
 # What the others' speed is divided by: the fastest of these.
 PEERS = {
     "CTranslate2 int8": ["ctranslate2 int8"],
@@ -531,7 +534,8 @@ def compare_decoding(options: argparse.Namespace) -> None:
         raise UserError(f"--model translates the test set of {MULTI30K}")
     if options.memory and (options.model or options.cells):
         raise UserError("--memory has cells of its own, of random text: leave --model and --cells out")
-    names = options.contenders or (["ours float32", "stock float32"] if options.memory else list(DECODERS))
+    of_memory = ["ours float32", "ours float32, compiled", "stock float32"]
+    names = options.contenders or (of_memory if options.memory else list(DECODERS))
     with_ctranslate2 = any(DECODERS[name].side == "ctranslate2" for name in names)
     if with_ctranslate2 and importlib.util.find_spec("ctranslate2") is None:
         raise UserError("ctranslate2 is missing: pip install '.[bench]', or name the other --contenders")
@@ -917,7 +921,7 @@ def build_decoder(contender: Contender, model_folder: str, folder: Path, threads
     if contender.side == "stock":
         generate = partial(GenerationMixin.generate, model)
     elif contender.side == "ours":
-        generate = partial(generate, compute_type=contender.dtype)
+        generate = partial(generate, compute_type=contender.dtype, compiled=contender.compiled)
     return tokenizer, partial(by_transformers, generate, tokenizer)
 
 

@@ -91,7 +91,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             compiled: whether greedy and beam search run as one compiled program, in float32 or int8 on a CPU: several
                 times as fast in small networks (`native_vanilla_transformer.py`). Needs a C++ compiler at the first
                 use on a machine. What the program does not know (sampling, groups, ensembles, phrases, coverage,
-                scores of steps, processors but a minimum length, activations but ReLU) is decoded as without it.
+                scores of steps, processors but a minimum length, rare activations) is decoded as without it.
                 Default: False.
             length_penalty_form: what the log-probability of a hypothesis of n tokens is divided by, with
                 `length_penalty` as alpha: "power", n^alpha, as in transformers and fairseq (default); "gnmt",

@@ -111,14 +111,43 @@ float sum_of_exponentials(const float* x, Index n, float largest) {
   return sum;
 }
 
+// What follows a product. The numbers are shared with native_vanilla_transformer.py.
+enum class Activation : Index { kNone, kRelu, kSilu, kGelu };
+
+// In place, for a panel's columns.
+void activate(Activation activation, float* x) {
+  if (activation == Activation::kRelu) {
+    for (int c = 0; c < kPanel; ++c) x[c] = x[c] < 0.0f ? 0.0f : x[c];
+  } else if (activation == Activation::kSilu) {  // x / (1 + e^-x)
+#pragma omp simd
+    for (int c = 0; c < kPanel; ++c) {
+      const float e = exponential(-std::fabs(x[c]));
+      x[c] *= (x[c] < 0.0f ? e : 1.0f) / (1.0f + e);
+    }
+  } else if (activation == Activation::kGelu) {  // x P(X <= x); erf to 1.5e-7 by Abramowitz and Stegun, 7.1.26
+#pragma omp simd
+    for (int c = 0; c < kPanel; ++c) {
+      const float z = std::fabs(x[c]) * 0.70710678118654752f;
+      const float t = 1.0f / (1.0f + 0.3275911f * z);
+      float y = 1.061405429f;
+      y = y * t - 1.453152027f;
+      y = y * t + 1.421413741f;
+      y = y * t - 0.284496736f;
+      y = y * t + 0.254829592f;
+      const float half = 0.5f * y * t * exponential(-z * z);  // P(X > |x|)
+      x[c] *= x[c] < 0.0f ? half : 1.0f - half;
+    }
+  }
+}
+
 // Unrolled early, the loops below leave their sums in registers.
 #define UNROLL _Pragma("GCC unroll 8")
 
 // Up to kRows rows of x times a panel, which is [in, kPanel] with `panel_stride` numbers from one row to the next. The
-// sum over the inputs runs in their order, however many rows there are. b is added, if given, and max(0, .) taken.
+// sum over the inputs runs in their order, however many rows there are. b is added, if given.
 template <int R>
 void block(const float* x, Index x_stride, Index in, const float* panel, Index panel_stride, const float* bias,
-           bool relu, float* y, Index y_stride, Index columns) {
+           Activation activation, float* y, Index y_stride, Index columns) {
   Vector sums[R][kVectors];
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = bias ? *(const Vector*)(bias + v * kLanes) : Vector{};
@@ -132,7 +161,8 @@ void block(const float* x, Index x_stride, Index in, const float* panel, Index p
   UNROLL for (int r = 0; r < R; ++r) {
     float row[kPanel];
     UNROLL for (int v = 0; v < kVectors; ++v) *(Vector*)(row + v * kLanes) = sums[r][v];
-    for (Index c = 0; c < columns; ++c) y[r * y_stride + c] = relu && row[c] < 0.0f ? 0.0f : row[c];
+    activate(activation, row);
+    std::copy_n(row, columns, y + r * y_stride);
   }
 }
 
@@ -141,8 +171,8 @@ void block(const float* x, Index x_stride, Index in, const float* panel, Index p
 // which `offsets`, -128 times the sums of the weights, take away.
 template <int R>
 void block(const uint8_t* x, Index x_stride, const float* x_scales, Index in, const int8_t* panel,
-           const int32_t* offsets, const float* scales, const float* bias, bool relu, float* y, Index y_stride,
-           Index columns) {
+           const int32_t* offsets, const float* scales, const float* bias, Activation activation, float* y,
+           Index y_stride, Index columns) {
   __m512i sums[R][kVectors];
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_si512(offsets + v * kLanes);
@@ -157,12 +187,12 @@ void block(const uint8_t* x, Index x_stride, const float* x_scales, Index in, co
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {
-    int32_t row[kPanel];
-    UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(row + v * kLanes, sums[r][v]);
-    for (Index c = 0; c < columns; ++c) {
-      const float sum = float(row[c]) * (x_scales[r] * scales[c]) + bias[c];
-      y[r * y_stride + c] = relu && sum < 0.0f ? 0.0f : sum;
-    }
+    int32_t whole[kPanel];
+    float row[kPanel];
+    UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(whole + v * kLanes, sums[r][v]);
+    for (int c = 0; c < kPanel; ++c) row[c] = float(whole[c]) * (x_scales[r] * scales[c]) + bias[c];
+    activate(activation, row);
+    std::copy_n(row, columns, y + r * y_stride);
   }
 }
 #endif
@@ -210,14 +240,14 @@ class Rows {
   std::vector<float> scales_;
 };
 
-// y = x W^T + b, and max(0, y) if asked for.
+// y = x W^T + b, and what follows.
 class Linear {
  public:
   // weight: [out, in]. It is laid out in panels, [out / kPanel, in, kPanel], as `block` reads it; in int8 four inputs
   // of an output lie together.
-  Linear(const float* weight, const float* bias, Index out, Index in, bool relu, bool int8)
-      : out_(out), in_(int8 ? (in + 3) / 4 * 4 : in), panels_((out + kPanel - 1) / kPanel), relu_(relu), int8_(int8),
-        bias_(zeros<float>(panels_ * kPanel)) {
+  Linear(const float* weight, const float* bias, Index out, Index in, Activation activation, bool int8)
+      : out_(out), in_(int8 ? (in + 3) / 4 * 4 : in), panels_((out + kPanel - 1) / kPanel),
+        activation_(activation), int8_(int8), bias_(zeros<float>(panels_ * kPanel)) {
     const Index columns = panels_ * kPanel;
     std::copy(bias, bias + out, &bias_[0]);
     if (int8) {
@@ -259,9 +289,10 @@ class Linear {
 #ifdef __AVX512VNNI__
           if (int8_)
             return block<count>(x.bytes(row), x.stride(), x.scales(row), in_, &bytes_[column * in_], &offsets_[column],
-                                &scales_[column], &bias_[column], relu_, to, out_, columns);
+                                &scales_[column], &bias_[column], activation_, to, out_, columns);
 #endif
-          block<count>(x.row(row), in_, in_, &weight_[column * in_], kPanel, &bias_[column], relu_, to, out_, columns);
+          block<count>(x.row(row), in_, in_, &weight_[column * in_], kPanel, &bias_[column], activation_, to, out_,
+                       columns);
         });
       }
     }
@@ -269,7 +300,8 @@ class Linear {
 
  private:
   Index out_, in_, panels_;
-  bool relu_, int8_;
+  Activation activation_;
+  bool int8_;
   Buffer weight_, bias_, scales_;
   Array<int8_t> bytes_;
   Array<int32_t> offsets_;
@@ -390,12 +422,12 @@ class Source {
     with_rows(group.rows, [&](auto rows) {
       for (Index t = 0; t < n; t += kPanel)
         block<rows>(query + head * heads_.d_k, heads_.keys(), heads_.d_k, panel(group.sentence, head, t / kPanel),
-                    kPanel, nullptr, false, weights + t, room, std::min<Index>(kPanel, n - t));
+                    kPanel, nullptr, Activation::kNone, weights + t, room, std::min<Index>(kPanel, n - t));
       for (Index r = 0; r < rows; ++r) softmax(weights + r * room, n);
       const float* values = values_ + starts_[group.sentence] * stride_ + head * heads_.d_v;
       for (Index i = 0; i < heads_.d_v; i += kPanel)
-        block<rows>(weights, room, n, values + i, stride_, nullptr, false, context + head * heads_.d_v + i,
-                    heads_.values(), std::min<Index>(kPanel, heads_.d_v - i));
+        block<rows>(weights, room, n, values + i, stride_, nullptr, Activation::kNone,
+                    context + head * heads_.d_v + i, heads_.values(), std::min<Index>(kPanel, heads_.d_v - i));
     });
   }
 
@@ -421,6 +453,7 @@ struct Sizes {
   Index encoder_d_k, encoder_d_v, decoder_d_k, decoder_d_v;
   Index normalize_before;
   Index int8;  // whether products with weights are computed in 8 bits
+  Activation activation;
   float eps, encoder_scale, decoder_scale;
 };
 
@@ -429,9 +462,9 @@ struct Weights {
   const float* const* next;
   Sizes sizes;
 
-  Linear linear(Index out, Index in, bool relu = false) {
+  Linear linear(Index out, Index in, Activation activation = Activation::kNone) {
     const float* const* taken = std::exchange(next, next + 2);
-    return Linear(taken[0], taken[1], out, in, relu, sizes.int8);
+    return Linear(taken[0], taken[1], out, in, activation, sizes.int8);
   }
   Norm norm() {
     const float* const* taken = std::exchange(next, next + 2);
@@ -450,7 +483,7 @@ struct Layer {
         key_value(weights.linear(heads.both(), d)),
         out(weights.linear(d, heads.values())),
         self_norm(weights.norm()),
-        fc1(weights.linear(ffn, d, true)),
+        fc1(weights.linear(ffn, d, weights.sizes.activation)),
         fc2(weights.linear(d, ffn)),
         final_norm(weights.norm()) {}
 };

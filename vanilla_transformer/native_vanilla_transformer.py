@@ -25,6 +25,7 @@ from .search_vanilla_transformer import SearchJob, beam_outputs
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPUTE_TYPES = ("float32", "int8")
+ACTIVATIONS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 3}
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp"]
 
 # OpenMP's threads do not live on in a forked process, which would wait for them without end.
@@ -45,7 +46,7 @@ _Sizes = _structure(
     (_INDEX, "d_model vocabulary"),
     (_INDEX, "encoder_layers encoder_heads encoder_ffn decoder_layers decoder_heads decoder_ffn"),
     (_INDEX, "encoder_d_k encoder_d_v decoder_d_k decoder_d_v"),
-    (_INDEX, "normalize_before int8"),
+    (_INDEX, "normalize_before int8 activation"),
     (_FLOAT, "eps encoder_scale decoder_scale"),
 )
 _Job = _structure(
@@ -140,6 +141,7 @@ class NativeTransformer:
             "normalize_before": model.config.normalize_before,
             "eps": model.config.layer_norm_eps,
             "int8": compute_type == "int8",
+            "activation": ACTIVATIONS[model.config.activation_function],
         }
         weights: list[Any] = []  # in the order in which the program takes them; a norm that is none is two None
 
@@ -198,7 +200,7 @@ class NativeTransformer:
         config = job.config
         learned = model.config.position_embedding_type == "learned"
         return (
-            model.config.activation_function == "relu"
+            model.config.activation_function in ACTIVATIONS
             and job.may_leave
             and job.minimum_length is not None
             and (config.num_beam_groups or 1) == 1

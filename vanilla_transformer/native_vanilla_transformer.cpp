@@ -732,6 +732,7 @@ class Search {
       sentence.finished.assign(width_, {kNever, false, {s, job.prefix[s * job.prefix_length + last], -1}, last});
       active_.push_back(s);
       longest_ = std::max(longest_, source_.length(s));
+      add_groups(groups_of_source_, job.source_starts[s], source_.length(s), s);
     }
     const Index rows = job.sentences * width_;
     steps_.resize(job.max_length + 1);
@@ -743,6 +744,11 @@ class Search {
     next_ancestors_.resize(rows * job.max_length);
     best_.resize(rows, std::vector<Candidate>(std::min(k_, network.sizes.vocabulary)));
     logits_ = buffer(rows * network.sizes.vocabulary);
+    const Index tokens = source_.tokens();
+    encoder_ = std::make_unique<States>(network.sizes, network.encoder_heads, network.sizes.encoder_ffn, tokens,
+                                        longest_, job.threads);
+    states_of_source_ = buffer(tokens * network.encoder_heads.both() + kPanel);
+    cross_states_ = buffer(tokens * network.decoder.size() * network.decoder_heads.both() + kPanel);
   }
 
   void run(const Team& team) {
@@ -786,15 +792,6 @@ class Search {
     const Sizes& sizes = network_.sizes;
     const Index d = sizes.d_model, tokens = source_.tokens(), read = network_.decoder_heads.both();
     const Index layers = network_.decoder.size();
-    if (team.rank == 0) {
-      encoder_ = std::make_unique<States>(sizes, network_.encoder_heads, sizes.encoder_ffn, tokens, longest_,
-                                          job_.threads);
-      states_of_source_ = buffer(tokens * network_.encoder_heads.both() + kPanel);
-      cross_states_ = buffer(tokens * layers * read + kPanel);
-      for (Index s = 0; s < job_.sentences; ++s)
-        add_groups(groups_of_source_, job_.source_starts[s], source_.length(s), s);
-    }
-    team.wait();
     const auto [first, last] = team.part(tokens);
     for (Index r = first; r < last; ++r)
       encoder_->embed(r, network_.encoder_embedding + job_.source[r] * d, sizes.encoder_scale,

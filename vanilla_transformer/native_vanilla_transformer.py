@@ -147,7 +147,7 @@ class NativeTransformer:
 
         def add(*pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
             for together in zip(*pairs, strict=True):
-                weights.append(torch.cat(together).float().contiguous())
+                weights.append(torch.cat(together))
 
         def add_norm(norm: Any) -> None:
             weights.extend([None, None] if isinstance(norm, nn.Identity) else [norm.weight, norm.bias])

@@ -154,19 +154,14 @@ def wait_until(condition, process) -> None:
         time.sleep(0.001)
 
 
-def kill(processes) -> None:
-    for process in processes:
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-
-
-def die_writing(files: int) -> None:
-    """SIGKILL for this process when it opens a file of an unfinished checkpoint, to write or to check it, so often."""
+def die_writing(files: int, checkpoint: str = "") -> None:
+    """SIGKILL for this process when it opens a file of the unfinished (or of any) checkpoint, to write or to check it,
+    so often.
+    """
     left = itertools.count(files, -1)
 
     def watch(event: str, arguments: tuple) -> None:
-        if event == "open" and "/tmp-checkpoint-" in str(arguments[0]) and next(left) == 1:
+        if event == "open" and f"/tmp-checkpoint-{checkpoint}" in str(arguments[0]) and next(left) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -252,8 +247,12 @@ def test_a_second_signal_ends_the_run_at_once(pause, status, left, config, tmp_p
     assert [path.name for path in (tmp_path / "run").glob("*-*")] == left
 
 
-def begin_two(run: Path, config: dict, watches, port: int, **options) -> list[multiprocessing.Process]:
-    return [begin(run, config, watches[rank], rank, 2, port, **options) for rank in (0, 1)]
+def begin_two(run: Path, config: dict, port: int, first=None, second=None, **options) -> list[multiprocessing.Process]:
+    """Two processes that train together: what is done in the first before it begins, and the callback of the second."""
+    return [
+        begin(run, config, Watch(), 0, 2, port, before=first, **options),
+        begin(run, config, second or Watch(), 1, 2, port, **options),
+    ]
 
 
 def test_two_processes_that_are_killed_and_stopped_end_as_two_that_were_not(config, tmp_path):
@@ -261,21 +260,20 @@ def test_two_processes_that_are_killed_and_stopped_end_as_two_that_were_not(conf
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    run, reached, options = (
-        tmp_path / "run",
-        FORKS.Value("i", 0),
-        {"max_steps": 14, "per_device_train_batch_tokens": 16},
-    )
+    run, options = tmp_path / "run", {"max_steps": 14, "per_device_train_batch_tokens": 16}
     # 1. never stopped
-    for process in (both := begin_two(tmp_path / "unstopped", config, (Watch(), Watch()), port, **options)):
+    for process in (both := begin_two(tmp_path / "unstopped", config, port, **options)):
         process.join()
     assert [process.exitcode for process in both] == [0, 0], (tmp_path / "unstopped.0.txt").read_text()[-3000:]
     # 2. killed
-    both = begin_two(run, config, (Watch(reached), Watch()), port, **options)
-    wait_until(lambda: reached.value >= 8 and any(run.glob("tmp-*/*")), both[0])
-    kill(both)
+    both = begin_two(run, config, port, first=partial(die_writing, 3, checkpoint="8"), **options)
+    both[0].join()
+    assert both[0].exitcode == -signal.SIGKILL, run.with_suffix(".0.txt").read_text()[-3000:]
+    both[1].kill()  # if it has not noticed by itself that the other is gone
+    both[1].join()
+    assert sorted(path.name for path in run.glob("*-*")) == ["checkpoint-4", "tmp-checkpoint-8"]
     # 3. stopped
-    both = begin_two(run, config, (Watch(), Watch(at=10, act=partial(signal_twice, 0.0))), port, **options)
+    both = begin_two(run, config, port, second=Watch(at=10, act=partial(signal_twice, 0.0)), **options)
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [143, 143], run.with_suffix(".0.txt").read_text()[-3000:]
@@ -284,7 +282,7 @@ def test_two_processes_that_are_killed_and_stopped_end_as_two_that_were_not(conf
     assert damage(interrupted) is None
     assert {"rng_state_0.pth", "rng_state_1.pth", "progress_1.json"} <= {path.name for path in interrupted.iterdir()}
     # 4. to the end
-    for process in (both := begin_two(run, config, (Watch(), Watch()), port, **options)):
+    for process in (both := begin_two(run, config, port, **options)):
         process.join()
     assert [process.exitcode for process in both] == [0, 0], run.with_suffix(".0.txt").read_text()[-3000:]
     assert left_by(run) == left_by(tmp_path / "unstopped")

@@ -7,8 +7,7 @@ step, static caches, assistants, custom loops) they still do.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,17 +122,15 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         reason = self._why_not_here(config, model_inputs, sentences, kwargs)
         parameters = parameters_of_plain_modules(self) if reason is None else None
         if sentences is None or parameters is None:
-            asked = {
-                "compute_type": compute_type is not None,
-                "length_penalty_form": options.length_penalty_form != "power",
-                "coverage_penalty": options.coverage_penalty != 0.0,
-                "ensemble": bool(ensemble),
-                "required_phrases": required_phrases is not None,
-                "forbidden_phrases": forbidden_phrases is not None,
-            }
-            reason = reason or "layers that are not torch's own, or differ in dtype or device"
-            if names := [name for name, wanted in asked.items() if wanted]:
-                raise ValueError(f"{names[0]} does not go with {reason}")
+            _refuse_in_stock_loops(
+                reason or "layers that are not torch's own, or differ in dtype or device",
+                compute_type=compute_type,
+                length_penalty_form=options.length_penalty_form != "power",
+                coverage_penalty=options.coverage_penalty,
+                ensemble=ensemble,
+                required_phrases=required_phrases,
+                forbidden_phrases=forbidden_phrases,
+            )
             return super().generate(inputs, generation_config, **kwargs)
 
         # 1. what constrains the outputs
@@ -178,13 +175,9 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
                 streamer=kwargs.get("streamer"),
                 options=options,
             )
-            with _inference_on(device):
-                if compiled and not ensemble and NativeTransformer.can_search(self, job):
-                    result = copy_of(self, parameters, NativeTransformer, compute_type).search(job)
-                else:
-                    engines = [copy_of(*member, PackedTransformer, compute_type) for member in members]
-                    find = search_beams if generation_config.num_beams > 1 else search_rows
-                    result = find(job, engines)
+            # No gradients, no counting of changes, and no casts but those of the compute type.
+            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+                result = _searched(job, members, compute_type, compiled)
             return _outside_inference_mode(result)
 
         search.__signature__ = _NO_PARAMETERS  # type: ignore[attr-defined]
@@ -303,6 +296,13 @@ def _options(config: GenerationConfig, length_penalty_form: str | None, coverage
     return options
 
 
+def _refuse_in_stock_loops(reason: str, **asked: Any) -> None:
+    """What transformers' own loops do not know, because of `reason`, and would pass over."""
+    for name, value in asked.items():
+        if value:
+            raise ValueError(f"{name} does not go with {reason}")
+
+
 def _sentences(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor | None:
     """The source's ids `[B, S]`, or None: then transformers says what is wrong, or makes them."""
     ids = inputs if inputs is not None else model_inputs.get("input_ids")
@@ -372,11 +372,13 @@ def _refuse_long_phrases(required: Sequence[Sequence[Sequence[int]]], new_tokens
             )
 
 
-@contextmanager
-def _inference_on(device: torch.device) -> Iterator[None]:
-    """No gradients, no counting of changes, and no casts but those of the compute type."""
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        yield
+def _searched(job: SearchJob, members: list, compute_type: str, compiled: bool) -> Any:
+    """By the compiled program if it knows all that is asked for, otherwise by our searches on packed networks."""
+    model, parameters = members[0]
+    if compiled and len(members) == 1 and NativeTransformer.can_search(model, job):
+        return copy_of(model, parameters, NativeTransformer, compute_type).search(job)
+    engines = [copy_of(*member, PackedTransformer, compute_type) for member in members]
+    return search_beams(job, engines) if job.config.num_beams > 1 else search_rows(job, engines)
 
 
 def _outside_inference_mode(result: Any) -> Any:

@@ -16,6 +16,7 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
+from vanilla_transformer.training import r_drop
 from vanilla_transformer.training.arguments import TrainingArguments
 from vanilla_transformer.training.r_drop import symmetric_divergence
 from vanilla_transformer.training.trainer import TranslationTrainer
@@ -35,19 +36,25 @@ def make_trainer(model, folder, **options) -> TranslationTrainer:
     return TranslationTrainer(model=model, args=args, train_dataset=rows, data_collator=collator)
 
 
-def test_the_divergence_is_that_of_torch_in_float64():
+def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypatch):
+    monkeypatch.setattr(r_drop, "CHUNK", 4)  # eleven positions count
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 13, (3, 5), generator=generator)
     labels[0, 3:] = labels[2, 1:] = -100
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        logits = (8 * torch.randn(6, 5, 13, generator=generator)).to(dtype)
+        logits = torch.randn(6, 5, 13, generator=generator).mul(8).to(dtype)
         # What padding predicts must not matter, whatever it is.
         logits[0, 3:] = 1e9
-        p, q = (half.double().log_softmax(-1)[labels != -100] for half in logits.chunk(2))
+        reference = logits.double().requires_grad_()
+        p, q = (half.log_softmax(-1)[labels != -100] for half in reference.chunk(2))
         both = F.kl_div(p, q, log_target=True, reduction="sum") + F.kl_div(q, p, log_target=True, reduction="sum")
-        divergence = symmetric_divergence(logits, labels)
+        divergence = symmetric_divergence(logits.requires_grad_(), labels)
         assert divergence.dtype == torch.promote_types(dtype, torch.float32)
         assert divergence.item() == pytest.approx(both.item() / 2, rel=1e-12 if dtype == torch.float64 else 1e-6)
+        (3.0 * divergence).backward()
+        (1.5 * both).backward()
+        error = (logits.grad - reference.grad).abs().max() / reference.grad.abs().max()
+        assert error < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
 
 
 def by_hand(logits: torch.Tensor, labels: torch.Tensor, smoothing: float, alpha: float, count: int) -> torch.Tensor:

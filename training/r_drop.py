@@ -11,10 +11,16 @@ stays comparable with that of other runs. Adam does not see the factor.
 
 import torch
 
+from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
+
+
+# Target tokens that are compared at a time: a CPU's cache holds about as many.
+CHUNK = 64
+
 
 def symmetric_divergence(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    (KL(P_1 || P_2) + KL(P_2 || P_1)) / 2 in nats, summed over target tokens.
+    (KL(P_1 || P_2) + KL(P_2 || P_1)) / 2 in nats, summed over target tokens. It differentiates once.
 
     Args:
         logits: of both passes, one after the other, `[2 B, T, V]`.
@@ -23,7 +29,33 @@ def symmetric_divergence(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     Returns:
         A scalar, float32 or wider: half-precision logarithms lose what this adds up.
     """
-    first, second = (half[labels != -100] for half in logits.chunk(2))  # [N, V]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    log_p, log_q = first.log_softmax(dim=-1, dtype=wide), second.log_softmax(dim=-1, dtype=wide)
-    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum() / 2
+    return _SymmetricDivergence.apply(logits, (labels != IGNORE_INDEX).flatten().nonzero()[:, 0])
+
+
+class _SymmetricDivergence(torch.autograd.Function):
+    """
+    Of the positions `kept`, `[N]`. Its gradient is made in the forward pass, chunk by chunk, where the probabilities
+    are at hand. With d = log p - log q, that in the logits of p is (p (d - KL(P || Q)) + p - q) / 2.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, kept):
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = logits.new_zeros((), dtype=wide)
+        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        first, second = (half.flatten(0, 1) for half in logits.chunk(2))
+        first_gradient, second_gradient = (half.flatten(0, 1) for half in gradient.chunk(2))
+        for rows in kept.split(CHUNK):
+            log_p, log_q = (x[rows].log_softmax(dim=-1, dtype=wide) for x in (first, second))  # [n, V]
+            p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+            of_p, of_q = (p * d).sum(dim=-1, keepdim=True), -(q * d).sum(dim=-1, keepdim=True)
+            total += (of_p + of_q).sum() / 2
+            first_gradient[rows] = ((p * (d - of_p) + p - q) / 2).to(logits.dtype)
+            second_gradient[rows] = ((q - p - q * (d + of_q)) / 2).to(logits.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_total), None

@@ -31,7 +31,13 @@ from vanilla_transformer import (
 )
 from vanilla_transformer.training.arguments import DataArguments, TrainingArguments, UserError
 from vanilla_transformer.training.bpe_dropout import BpeDropoutRows
-from vanilla_transformer.training.checkpointing import CheckpointError, damage, newest_checkpoint, settle
+from vanilla_transformer.training.checkpointing import (
+    CheckpointError,
+    DivergenceError,
+    damage,
+    newest_checkpoint,
+    settle,
+)
 from vanilla_transformer.training.data import tokenize_pairs
 from vanilla_transformer.training.train import checkpoint_to_resume
 from vanilla_transformer.training.trainer import TranslationTrainer, callbacks
@@ -304,6 +310,33 @@ def test_a_run_that_is_resumed_follows_its_new_arguments(config, unstopped, tmp_
     assert names >= {f"checkpoint-{step}" for step in range(UPDATES + 1, UPDATES + 9) if step % 5 == 0}
     logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > UPDATES]
     assert logged == [step for step in range(UPDATES + 1, UPDATES + 9) if step % 2 == 0]
+
+
+class LoseTheWeights(TrainerCallback):
+    """As an update does whose gradient overflows."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 5:
+            model.lm_head.bias.data[7] = float("nan")
+
+
+def test_a_run_that_diverges_ends_at_once_and_leaves_its_checkpoints(config, unstopped, tmp_path):
+    run = tmp_path / "run"
+    # Adam's updates are as large as the learning rate.
+    with pytest.raises(DivergenceError, match=r"after update 3 .*newest checkpoint: none.*=1e\+38"):
+        live(run, config, learning_rate=1e38, warmup_steps=0)
+    noticed = {
+        6: {},  # where it is logged
+        5: {"logging_steps": 10, "save_steps": 5},
+        8: {"logging_steps": 10, "save_steps": 10},  # where it is evaluated
+        UPDATES: {"logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no"},
+    }
+    for number, options in noticed.items():
+        with pytest.raises(DivergenceError, match=rf"after update {number} .*newest checkpoint: checkpoint-4\b"):
+            live(run, config, LoseTheWeights(), **options).save_model()
+        assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "recipe.yaml"]
+    live(run, config)
+    assert left_by(run) == left_by(unstopped)
 
 
 def cut(path: Path) -> None:

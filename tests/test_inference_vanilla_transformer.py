@@ -298,6 +298,21 @@ def test_weights_are_packed_once(lively_model, source, monkeypatch):
     assert made == ["float32", "bfloat16"]
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 1}, {"compute_type": "bfloat16"}])
+def test_weights_that_are_no_numbers_are_an_error(lively_model, source, options):
+    model = lively_model()
+    model.generate(**source, **options)
+    bias = model.model.decoder.layers[1].fc2.bias
+    for wrong in (float("nan"), float("-inf")):
+        with torch.no_grad():
+            bias[3] = wrong
+        with pytest.raises(ValueError, match=rf"model\.decoder\.layers\.1\.fc2\.bias holds {wrong}"):
+            model.generate(**source, **options)
+    with torch.no_grad():
+        bias[3] = 0.0
+    model.generate(**source, **options)
+
+
 def test_models_do_not_mix(lively_model, source):
     models = [lively_model(seed=seed) for seed in (0, 1)]
     expected = [GenerationMixin.generate(model, **source, max_new_tokens=6) for model in models]

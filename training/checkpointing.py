@@ -8,6 +8,7 @@ that are kept, nor among those of which the mean is taken, and goes when the nex
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
@@ -46,6 +49,10 @@ ECHO_SECONDS = 1.0
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, or not be resumed from."""
+
+
+class DivergenceError(UserError):
+    """A run whose weights are no finite numbers any more."""
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -286,6 +293,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         Raises:
             SystemExit: with status 143 or 130, after such a signal.
             CheckpointError: a checkpoint could not be written.
+            DivergenceError: the run has diverged. What was saved before is whole.
         """
         self._saved_at = -1
         self.stop = StopSignal(self.args.world_size, speaks=self.is_world_process_zero())
@@ -343,8 +351,24 @@ class ResumableTrainer(Seq2SeqTrainer):
         """Reports the whole run, not what was left of it."""
         return super()._finalize_training(trial, num_train_samples, self._began)
 
+    def _refuse_divergence(self) -> None:
+        """Where the stock loop would log a loss of 0, go on, and push out the checkpoints that are worth something."""
+        largest = nn.utils.get_total_norm(self.model.parameters(), norm_type=math.inf)
+        if isinstance(largest, DTensor):
+            largest = largest.full_tensor()
+        if largest.isfinite():
+            return
+        args, saved = self.args, newest_checkpoint(Path(self.args.output_dir))
+        raise DivergenceError(
+            f"{args.output_dir}: the run has diverged: after update {self.state.global_step} there are weights that "
+            f"are no finite numbers (newest checkpoint: {saved.name if saved else 'none'}). Begin anew with less than "
+            f"learning_rate={args.learning_rate:g}, more than warmup_steps={args.warmup_steps:g}, or max_grad_norm=1"
+        )
+
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        """Stops where a signal asks for it, with a checkpoint."""
+        """Stops where a signal asks for it, with a checkpoint, and where the run has diverged, without one."""
+        if self.control.should_log or self.control.should_evaluate:
+            self._refuse_divergence()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         number = self.stop.agreed()
         if not number or self._epoch_is_ending():
@@ -373,6 +397,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         if self._epoch_is_ending():
             self.bookkeeping.save_is_due = True
             return
+        self._refuse_divergence()
         run, name = self.args.output_dir, f"{kind}-{self.state.global_step}"
         folder = Path(run, UNFINISHED + name)
         with writing(run, name, self._checkpoint_size()):
@@ -427,7 +452,10 @@ class ResumableTrainer(Seq2SeqTrainer):
 
         Raises:
             CheckpointError: it could not be written.
+            DivergenceError: it is worth nothing.
         """
+        if not _internal_call:
+            self._refuse_divergence()
         size = sum(parameter.nbytes for parameter in self.model.parameters())
         with nullcontext() if _internal_call else writing(output_dir or self.args.output_dir, "the model", size):
             # By an internal call only, or the stock method would push here, before the run has its scores and its card.

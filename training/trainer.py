@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -214,7 +213,8 @@ class TranslationTrainer(ResumableTrainer):
         )
         nll, count = self.accelerator.reduce(self._nll_and_count, reduction="sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = nll / count
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(nll / count)
+        # torch's: of a loss above 709 it is infinite, where math's is an error.
+        output.metrics[f"{metric_key_prefix}_perplexity"] = torch.tensor(nll / count, dtype=torch.float64).exp().item()
         return output
 
     def _evaluate(self, *args, **kwargs):

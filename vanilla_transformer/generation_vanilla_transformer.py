@@ -111,8 +111,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             `past_key_values` is None unless transformers' own loop has decoded.
 
         Raises:
-            ValueError: an argument is wrong, or goes with none of the others that only transformers' loops know; or the
-                program cannot be compiled, or does not know this machine.
+            ValueError: an argument is wrong, or does not go with another one that only transformers' loops know; a
+                weight is no finite number; the program cannot be compiled, or does not know this machine.
         """
         config, model_inputs = self._prepare_generation_config(generation_config, **_without_extras(kwargs))
         compute_type = _first(compute_type, getattr(config, "compute_type", None))

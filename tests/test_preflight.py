@@ -163,8 +163,6 @@ REFUSED = {
         ["--position_embedding_type", "learned", "--max_new_tokens", "2000"],
         "max_new_tokens=2000 .*max_position_embeddings=1024",
     ),
-    "no beam": (["--num_beams", "0"], "num_beams=0"),
-    "no beam while training": (["--generation_num_beams", "0"], "generation_num_beams=0"),
     "a generation config that cannot be saved": (["--num_beams", "1", "--length_penalty", "0.6"], "length_penalty"),
     "a score without translations": (["--predict_with_generate", "false"], "metric_for_best_model=bleu"),
     "a learning rate that nothing tells": (["--warmup_steps", "0"], "learning_rate .*warmup_steps=0"),
@@ -333,7 +331,7 @@ def note_shape(seen, model, args, kwargs) -> None:
 
 
 def test_a_run_is_refused_before_its_first_update_and_a_check_tells_everything(recipe, capsys):
-    wrong = ["--per_device_train_batch_tokens", "9", "--num_beams", "0"]
+    wrong = ["--per_device_train_batch_tokens", "9", "--predict_with_generate", "false"]
     folder = recipe.parent / "run"
     with pytest.raises(SystemExit) as status:
         main([str(recipe), *wrong, "--check"])
@@ -341,13 +339,13 @@ def test_a_run_is_refused_before_its_first_update_and_a_check_tells_everything(r
     assert not folder.exists()
     printed = capsys.readouterr().out
     assert re.search("^error .*per_device_train_batch_tokens=9", printed, re.MULTILINE)
-    assert re.search("^error .*num_beams=0", printed, re.MULTILINE)
+    assert re.search("^error .*metric_for_best_model=bleu", printed, re.MULTILINE)
     assert "2 errors: the run cannot start." in printed
 
     with pytest.raises(PreflightError) as refusal:
         main([str(recipe), *wrong])
     assert "per_device_train_batch_tokens=9" in str(refusal.value)
-    assert "num_beams=0" in str(refusal.value)
+    assert "metric_for_best_model=bleu" in str(refusal.value)
     assert not list(folder.glob("checkpoint-*"))
 
 

@@ -1,6 +1,8 @@
 """The recipes: each one builds its network, and the command line comes after the file."""
 
 import json
+import math
+import sys
 from dataclasses import fields
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 import yaml
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from vanilla_transformer.training.arguments import RECIPES, ModelArguments, RecipeError, parse_recipe
+from vanilla_transformer.training.arguments import LIMITS, RECIPES, ModelArguments, RecipeError, parse_recipe
+from vanilla_transformer.training.evaluate import EvaluationArguments
 
 
 FILES = sorted(path.name for path in RECIPES.glob("*.yaml"))
@@ -104,3 +107,70 @@ def test_a_bad_recipe_is_refused_with_a_hint(argv, text, expected, tmp_path):
         argv = [str(tmp_path / argv[0]), *argv[1:]]
     with pytest.raises(RecipeError, match=expected):
         parse_recipe([*argv, "--output_dir", str(tmp_path)])
+
+
+# What each number must be, and one that is not.
+WRONG_NUMBERS = {
+    "learning_rate": ("-1.0", "nan", "inf"),
+    "weight_decay": ("-0.1",),
+    "warmup_steps": ("-5",),
+    "adam_epsilon": ("-1e-9",),
+    "max_grad_norm": ("-1",),
+    "r_drop_alpha": ("-5",),
+    "dataloader_num_workers": ("-1",),
+    "num_train_epochs": ("0", "-2", "nan"),
+    "logging_steps": ("0", "-3"),
+    "eval_steps": ("0", "-3"),
+    "save_steps": ("0", "-3"),
+    "gradient_accumulation_steps": ("0",),
+    "per_device_train_batch_tokens": ("0",),
+    "per_device_eval_batch_tokens": ("0",),
+    "per_device_train_batch_size": ("0",),
+    "per_device_eval_batch_size": ("-8",),
+    "generation_num_beams": ("0",),
+    "average_checkpoints": ("0",),
+    "early_stopping_patience": ("0",),
+    "lora_rank": ("0",),
+    "num_beams": ("0",),
+    "max_new_tokens": ("0",),
+    "adam_beta1": ("1", "-0.1"),
+    "adam_beta2": ("1.5",),
+    "ema_decay": ("0", "1"),
+    "max_steps": ("0", "-2"),
+    "seed": ("-4", "4294967296"),
+    "data_seed": ("-1",),
+    "length_penalty": ("nan", "inf"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_NUMBERS.items() for value in values]
+)
+def test_a_number_that_nothing_can_be_done_with_is_refused_by_name(name, value, tmp_path):
+    with pytest.raises(RecipeError, match=rf"^{name}=\S+ must be "):
+        parse_recipe(["quickstart.yaml", f"--{name}={value}", "--output_dir", str(tmp_path)])
+
+
+def test_every_limit_is_under_test():
+    limited = {name for _, names in LIMITS.values() for name in names.split()}
+    assert limited == {*WRONG_NUMBERS, "batch_tokens"}  # of the evaluation
+
+
+def test_a_bleu_tokenizer_that_cannot_be_used_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    def with_tokenizer(name):
+        return parse_recipe(["quickstart.yaml", "--bleu_tokenize", name, "--output_dir", str(tmp_path)])
+
+    assert with_tokenizer("zh").decoding.bleu_tokenize == "zh"
+    with pytest.raises(RecipeError, match=r"bleu_tokenize='nonsense' is unknown: choose one of .*13a"):
+        with_tokenizer("nonsense")
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    with pytest.raises(RecipeError, match=r"bleu_tokenize=ja-mecab cannot be used here: .*pip install sacrebleu\[ja\]"):
+        with_tokenizer("ja-mecab")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_tokens": 0}, {"num_beams": 0}, {"length_penalty": math.nan}, {"bleu_tokenize": "14a"}]
+)
+def test_an_evaluation_is_refused_likewise(wrong):
+    with pytest.raises(RecipeError, match=next(iter(wrong))):
+        EvaluationArguments(**wrong)

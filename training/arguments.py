@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sacrebleu
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -30,6 +32,56 @@ class UserError(ValueError):
 
 class RecipeError(UserError):
     """A recipe or a command line that cannot be followed."""
+
+
+# What numbers must be: in words, and the fields. Beyond that the Trainer, its optimizer or numpy would fail without the
+# field's name, after the data has been read or the model been trained.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 0": (
+        lambda n: n >= 0,
+        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha dataloader_num_workers",
+    ),
+    "above 0": (lambda n: n > 0, "num_train_epochs logging_steps eval_steps save_steps"),
+    "at least 1": (
+        lambda n: n >= 1,
+        "gradient_accumulation_steps per_device_train_batch_tokens per_device_eval_batch_tokens "
+        "per_device_train_batch_size per_device_eval_batch_size generation_num_beams average_checkpoints "
+        "early_stopping_patience lora_rank num_beams max_new_tokens batch_tokens",
+    ),
+    "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2"),
+    "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
+    "at least 1, or -1 to count epochs (num_train_epochs)": (lambda n: n >= 1 or n == -1, "max_steps"),
+    "between 0 and 2**32 - 1": (lambda n: 0 <= n < 2**32, "seed data_seed"),
+    "a number": (lambda n: True, "length_penalty"),
+}
+
+
+def check_numbers(arguments: Any) -> None:
+    """
+    Compares the fields of arguments of any kind with `LIMITS`; one that is None was left out.
+
+    Raises:
+        RecipeError: names the field, and what it must be.
+    """
+    for words, (holds, names) in LIMITS.items():
+        for name in names.split():
+            value = getattr(arguments, name, None)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise RecipeError(f"{name}={value} must be {words}")
+
+
+def check_bleu_tokenizer(name: str) -> None:
+    """
+    Raises:
+        RecipeError: sacrebleu has none of this name, or cannot use it here.
+    """
+    try:
+        sacrebleu.BLEU(tokenize=name)
+    except KeyError:
+        known = ", ".join(sacrebleu.BLEU.TOKENIZERS)
+        raise RecipeError(f"bleu_tokenize={name!r} is unknown: choose one of {known}") from None
+    except (ImportError, RuntimeError, OSError) as error:  # it wants a package, or a file that it cannot download
+        raise RecipeError(f"bleu_tokenize={name} cannot be used here: {' '.join(str(error).split())}") from error
 
 
 @dataclass
@@ -170,6 +222,10 @@ class DecodingArguments:
         default="13a", metadata={"help": "sacrebleu's tokenizer for BLEU; none for text that is tokenised"}
     )
 
+    def __post_init__(self):
+        check_numbers(self)
+        check_bleu_tokenizer(self.bleu_tokenize)
+
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
@@ -238,6 +294,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self):
+        check_numbers(self)
         if self.label_smoothing_factor:
             raise RecipeError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is the Trainer's slow smoothing, outside the "
@@ -285,12 +342,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
     def _check_endings(self) -> None:
         """Refuses what cannot decide together which weights the run ends with."""
-        least = {"average_checkpoints": 1, "early_stopping_patience": 1, "r_drop_alpha": 0, "lora_rank": 1}
-        for name, value in ((name, getattr(self, name)) for name in least):
-            if value is not None and value < least[name]:
-                raise RecipeError(f"{name}={value} must be at least {least[name]}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise RecipeError(f"ema_decay={self.ema_decay} must lie between 0 and 1, and near 1, e.g. 0.999")
         if self.average_checkpoints and self.save_total_limit and self.average_checkpoints > self.save_total_limit:
             raise RecipeError(
                 f"average_checkpoints={self.average_checkpoints} is more than are kept: "

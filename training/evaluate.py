@@ -27,7 +27,7 @@ from transformers import (
 from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
 from vanilla_transformer.loading_vanilla_transformer import refuse_other_tokenizer
 
-from .arguments import DataArguments, UserError, run_program
+from .arguments import DataArguments, UserError, check_bleu_tokenizer, check_numbers, run_program
 from .batching import batch_sizes
 from .data import DataError, load_pairs
 from .metrics import TranslationMetrics
@@ -51,6 +51,10 @@ class EvaluationArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "longest translation in tokens"})
     bleu_tokenize: str = field(default="13a", metadata={"help": "sacrebleu's tokenizer for BLEU"})
     output_file: str | None = field(default=None, metadata={"help": "write the scores here as JSON"})
+
+    def __post_init__(self):
+        check_numbers(self)
+        check_bleu_tokenizer(self.bleu_tokenize)
 
     def generation_options(self) -> dict:
         """The arguments of `generate()` that were given."""

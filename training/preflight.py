@@ -320,9 +320,6 @@ def check_decoding(run: Run) -> Iterator[Finding]:
         generation.validate(strict=True)
     except ValueError as problem:
         yield error("decoding", f"the generation config cannot be saved: {problem}")
-    for name, beams in (("num_beams", generation.num_beams), ("generation_num_beams", args.generation_num_beams)):
-        if beams is not None and beams < 1:
-            yield error("decoding", f"{name}={beams} must be at least 1, which is greedy decoding")
     if limit and config.position_embedding_type == "learned" and limit > config.max_position_embeddings:
         yield error(
             "decoding",

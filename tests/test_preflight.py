@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer.training import preflight
-from vanilla_transformer.training.arguments import TrainingArguments, parse_recipe
+from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, parse_recipe
 from vanilla_transformer.training.data import load_pairs, tokenize_pairs
 from vanilla_transformer.training.phrasebook import load_phrasebook
 from vanilla_transformer.training.preflight import PreflightError, Run, check_inputs, check_memory, check_plan, measure
@@ -347,6 +347,20 @@ def test_a_run_is_refused_before_its_first_update_and_a_check_tells_everything(r
     assert "per_device_train_batch_tokens=9" in str(refusal.value)
     assert "metric_for_best_model=bleu" in str(refusal.value)
     assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--output_dir", "/proc/run"], "output_dir=/proc/run cannot be written into: No such file"),
+        (["--output_dir", __file__], "cannot be written into: File exists"),
+        (["--optim", "galore_adamw"], "optim=galore_adamw cannot be used here: .*galore_torch"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type=cosine_with_min_lr .*min_lr_rate"),
+    ],
+)
+def test_what_the_first_update_would_fall_over_is_an_error_that_names_the_field(recipe, wrong, message):
+    with pytest.raises(RecipeError, match=message):
+        main([str(recipe), *wrong])
 
 
 def test_a_stream_is_estimated_from_its_first_rows(recipe, capsys):

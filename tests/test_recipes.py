@@ -97,6 +97,9 @@ BAD_RECIPES = {
     "variant not chosen": (["bad.yaml"], "variants: {small: {}}", "--variant small"),
     "the Trainer's slow smoothing": (["bad.yaml"], "label_smoothing_factor: 0.1", "label_smoothing"),
     "the Trainer's own check": (["bad.yaml"], "eval_strategy: sometimes", "sometimes"),
+    "shards for a single process": (["bad.yaml"], "fsdp: full_shard", "shards a model over processes"),
+    "a file of options that is not there": (["bad.yaml"], "accelerator_config: none.json", "none.json"),
+    "a package that is not installed": (["bad.yaml"], "deepspeed: none.json", "deepspeed"),
 }
 
 

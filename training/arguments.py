@@ -315,6 +315,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
         self._check_endings()
+        if self.fsdp and self.world_size == 1:
+            raise RecipeError(
+                f"fsdp={self.fsdp} shards a model over processes, and this is a single one: leave it out, or start "
+                "several by accelerate launch (docs/distributed.md)"
+            )
         self._check_trackers()
         self._check_hub()
 
@@ -428,7 +433,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
         model, tokenizer, data, decoding, training, _ = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False
         )
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:  # a file or a package that an argument asks for is not there
         raise RecipeError(str(error)) from error
     if model.model:
         if tokenizer.tokenizer:

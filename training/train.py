@@ -6,7 +6,9 @@ then holds the best model with its tokenizer, metrics.json, loss_curve.png, reci
 
 import json
 import logging
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> None:
     # Every request to the Hub is a line of it.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     checkpoint = checkpoint_to_resume(args)
+    if not args.check:
+        make_folder(args)
     set_seed(args.seed)
     if args.use_cpu and args.hold_memory and hold_memory():
         logger.info("freed memory is kept for the next update: faster, in a larger process (--hold_memory false)")
@@ -105,6 +109,21 @@ def main(argv: list[str]) -> None:
             load_average(model, last_checkpoints(args.output_dir, args.average_checkpoints))
             model.save_pretrained(args.output_dir)
         finish(recipe, trainer, model, pairs)
+
+
+def make_folder(args: TrainingArguments) -> None:
+    """
+    Makes sure of a place for what the run will write.
+
+    Raises:
+        RecipeError: there can be none.
+    """
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output_dir={args.output_dir} cannot be written into: {error.strerror}") from error
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

@@ -159,6 +159,29 @@ class TranslationTrainer(ResumableTrainer):
         finally:
             del model.get_input_embeddings, model.get_output_embeddings
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """
+        Raises:
+            RecipeError: the recipe's optimizer needs a package that is not there.
+        """
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except ImportError as error:
+            raise RecipeError(f"optim={self.args.optim.value} cannot be used here: {error}") from error
+
+    def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
+        """
+        Raises:
+            RecipeError: the recipe's schedule lacks options of its own, or has others.
+        """
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            scheduler, options = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+            raise RecipeError(
+                f"lr_scheduler_type={scheduler} does not go with lr_scheduler_kwargs={options}: {error}"
+            ) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """
         Loads the weights to resume from.

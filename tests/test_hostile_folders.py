@@ -159,6 +159,10 @@ def missing_tensor(folder: Path, marker: Path) -> None:
     change_weights(folder, lambda weights: weights.pop(LAYER))
 
 
+def lost_weights(folder: Path, marker: Path) -> None:
+    change_weights(folder, lambda weights: weights[LAYER].view(-1)[5:6].fill_(float("nan")))
+
+
 def fewer_layers(folder: Path, marker: Path) -> None:
     change(folder, "config.json", decoder_layers=1)
 
@@ -239,6 +243,7 @@ CASES = [
     Case(truncated, "incomplete", SafetensorError),
     Case(other_shape, "fc1.bias is [32], where [40] is expected", RuntimeError),
     Case(missing_tensor, f"{LAYER} is missing", None),
+    Case(lost_weights, f"{LAYER} holds nan", None),
     Case(fewer_layers, "there is no place for model.decoder.layers.1.", None),
     Case(impossible_network, "d_model=-16", Exception),
     Case(larger_tokenizer, "the tokenizer has 264 tokens, and the model vocab_size=262", None),

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
-from vanilla_transformer.loading_vanilla_transformer import refuse_other_tokenizer
+from vanilla_transformer.loading_vanilla_transformer import refuse_lost_weights, refuse_other_tokenizer
 
 from .arguments import DataArguments, UserError, check_bleu_tokenizer, check_numbers, run_program
 from .batching import batch_sizes
@@ -97,6 +97,7 @@ def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrained
             folder, trust_remote_code=False, use_safetensors=True, **told, **options
         )
         refuse_other_weights(report)
+        refuse_lost_weights(model)
         tokenizer = load_tokenizer(folder)
         refuse_other_tokenizer(tokenizer, model.config)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .loading_vanilla_transformer import refuse_lost_weights
 from .operations_vanilla_transformer import FEW_PRODUCTS, Linear
 
 
@@ -592,16 +593,9 @@ def copy_of(model: PreTrainedModel, parameters: list[torch.Tensor], make: Callab
     copies, kind = _COPIES.setdefault(model, {}), (make, *arguments)
     if kind not in copies or not copies[kind].is_of(parameters):
         copies.pop(kind, None)
-        _refuse_lost_weights(model)
+        refuse_lost_weights(model)
         copies[kind] = _Copy(make(model, *arguments), parameters)
     return copies[kind].made
-
-
-def _refuse_lost_weights(model: PreTrainedModel) -> None:
-    for name, weight in model.named_parameters():
-        if not (finite := weight.isfinite()).all():
-            wrong = weight[~finite][0].item()
-            raise ValueError(f"{name} holds {wrong}: nothing can be decoded by weights that are no finite numbers")
 
 
 def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | None:

@@ -1,5 +1,5 @@
-"""What is refused where a model is loaded, because transformers would take it: shards from outside the folder, and the
-tokenizer of another model.
+"""What is refused where a model is loaded, because transformers would take it: shards from outside the folder, weights
+that are no numbers, and the tokenizer of another model.
 
 transformers itself reads weights from safetensors, and a pickle only as plain tensors (`weights_only`), so that no code
 of a folder runs; it refuses shapes that differ from those of the config.
@@ -46,6 +46,19 @@ class GuardedLoading:
         if pretrained_model_name_or_path is not None:
             refuse_strange_shards(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+
+def refuse_lost_weights(model: Any) -> None:
+    """
+    Looks for what a run that has diverged leaves, which decodes into nonsense.
+
+    Raises:
+        ValueError: a parameter holds NaN or an infinity.
+    """
+    for name, weight in model.named_parameters():
+        if not (finite := weight.isfinite()).all():
+            wrong = weight[~finite][0].item()
+            raise ValueError(f"{name} holds {wrong}: nothing can be decoded by weights that are no finite numbers")
 
 
 def refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:

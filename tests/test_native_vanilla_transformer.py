@@ -244,7 +244,7 @@ class TestCompiling:
 
     @pytest.mark.parametrize(
         ("compiler", "told"),
-        [("/no/such/compiler", "needs a C\\+\\+ compiler.*No such file"), ("false", "false failed")],
+        [("/no/such/compiler", "needs GCC.*No such file"), ("false", "false failed")],
     )
     def test_without_a_compiler_it_is_an_error(self, lively_model, source, monkeypatch, compiled_anew, compiler, told):
         monkeypatch.setenv("CXX", compiler)

@@ -88,8 +88,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             compute_type: what products with weights are computed in: "float32", "bfloat16", or "int8" (x86 CPUs).
                 Default: the model's dtype. The weights are packed at the first call and kept beside the model.
             compiled: whether greedy and beam search run as one compiled program, in float32 or int8 on a CPU: several
-                times as fast in small networks (`native_vanilla_transformer.py`). Needs a C++ compiler at the first
-                use on a machine. What the program does not know (sampling, groups, ensembles, phrases, coverage,
+                times as fast in small networks (`native_vanilla_transformer.py`). Needs GCC (g++) at the first use
+                on a machine. What the program does not know (sampling, groups, ensembles, phrases, coverage,
                 scores of steps, processors but a minimum length, rare activations) is decoded as without it.
                 Default: False.
             length_penalty_form: what the log-probability of a hypothesis of n tokens is divided by, with

@@ -108,8 +108,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(file))
     except OSError as error:
         raise ValueError(
-            f"compiled=True needs a C++ compiler (g++, or what CXX names) and {SOURCE.name}, which the installed "
-            f"package has beside its code: {error}"
+            f"compiled=True needs GCC (g++, or what CXX names; clang's OpenMP is not torch's) and {SOURCE.name}, which "
+            f"the installed package has beside its code: {error}"
         ) from error
     loaded.vt_create.restype = _POINTER
     loaded.vt_create.argtypes = [_POINTER, _POINTER]
@@ -122,7 +122,7 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(
-            f"compiled=True: {command[0]} failed; set CXX to a compiler of C++20\n{done.stderr[-2000:]}".rstrip()
+            f"compiled=True: {command[0]} failed; set CXX to a GCC that knows C++20\n{done.stderr[-2000:]}".rstrip()
         )
 
 

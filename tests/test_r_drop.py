@@ -41,10 +41,10 @@ def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypat
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 13, (3, 5), generator=generator)
     labels[0, 3:] = labels[2, 1:] = -100
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         logits = torch.randn(6, 5, 13, generator=generator).mul(8).to(dtype)
         # What padding predicts must not matter, whatever it is.
-        logits[0, 3:] = 1e9
+        logits[0, 3:] = 1e4
         reference = logits.double().requires_grad_()
         p, q = (half.log_softmax(-1)[labels != -100] for half in reference.chunk(2))
         both = F.kl_div(p, q, log_target=True, reduction="sum") + F.kl_div(q, p, log_target=True, reduction="sum")
@@ -54,7 +54,18 @@ def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypat
         (3.0 * divergence).backward()
         (1.5 * both).backward()
         error = (logits.grad - reference.grad).abs().max() / reference.grad.abs().max()
-        assert error < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        assert error < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+
+
+def test_small_gradients_of_half_precision_are_not_lost():
+    """They are scaled up before they are rounded, as a loss's scaler wants it."""
+    logits, scale = torch.tensor([[[0.0, -16.0]], [[0.0, -15.0]]], dtype=torch.float16).requires_grad_(), 2.0**16
+    (scale * symmetric_divergence(logits, torch.tensor([[0]]))).backward()
+    p, q = logits.detach().double().softmax(dim=-1)[:, 0]
+    d = p.log() - q.log()
+    expected = scale * (p * (d - (p * d).sum()) + p - q) / 2
+    assert abs(expected[1]) / scale < 2e-7  # where float16 has steps of 6e-8
+    assert logits.grad[0, 0, 1].item() == pytest.approx(expected[1].item(), rel=1e-3)
 
 
 def by_hand(logits: torch.Tensor, labels: torch.Tensor, smoothing: float, alpha: float, count: int) -> torch.Tensor:

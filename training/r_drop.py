@@ -42,7 +42,9 @@ class _SymmetricDivergence(torch.autograd.Function):
     def forward(ctx, logits, kept):
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = logits.new_zeros((), dtype=wide)
-        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        # Those of float16 fit into it when the loss's scale has been multiplied in, in the backward pass.
+        dtype = wide if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
         first, second = (half.flatten(0, 1) for half in logits.chunk(2))
         first_gradient, second_gradient = (half.flatten(0, 1) for half in gradient.chunk(2))
         for rows in kept.split(CHUNK):
@@ -50,8 +52,8 @@ class _SymmetricDivergence(torch.autograd.Function):
             p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
             of_p, of_q = (p * d).sum(dim=-1, keepdim=True), -(q * d).sum(dim=-1, keepdim=True)
             total += (of_p + of_q).sum() / 2
-            first_gradient[rows] = ((p * (d - of_p) + p - q) / 2).to(logits.dtype)
-            second_gradient[rows] = ((q - p - q * (d + of_q)) / 2).to(logits.dtype)
+            first_gradient[rows] = ((p * (d - of_p) + p - q) / 2).to(dtype)
+            second_gradient[rows] = ((q - p - q * (d + of_q)) / 2).to(dtype)
         ctx.save_for_backward(gradient)
         return total
 

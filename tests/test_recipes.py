@@ -10,7 +10,15 @@ import torch
 import yaml
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from vanilla_transformer.training.arguments import LIMITS, RECIPES, ModelArguments, RecipeError, parse_recipe
+from vanilla_transformer.training.arguments import (
+    LIMITS,
+    RECIPES,
+    DataArguments,
+    ModelArguments,
+    RecipeError,
+    parse_recipe,
+)
+from vanilla_transformer.training.data import DataError, load_pairs
 from vanilla_transformer.training.evaluate import EvaluationArguments
 
 
@@ -156,7 +164,11 @@ def test_a_number_that_nothing_can_be_done_with_is_refused_by_name(name, value, 
 
 def test_every_limit_is_under_test():
     limited = {name for _, names in LIMITS.values() for name in names.split()}
-    assert limited == {*WRONG_NUMBERS, "batch_tokens"}  # of the evaluation
+    of_rows = {"max_train_samples", "max_eval_samples", "max_source_length", "max_target_length", "shuffle_buffer"}
+    assert limited == {*WRONG_NUMBERS, *of_rows, "batch_tokens"}  # the last one is of the evaluation
+    for name in of_rows:
+        with pytest.raises(DataError, match=f"^{name}=0 must be at least 1$"):
+            load_pairs(DataArguments(dataset="phrasebook:en-de", **{name: 0}))
 
 
 def test_a_bleu_tokenizer_that_cannot_be_used_is_refused_before_anything_is_trained(tmp_path, monkeypatch):

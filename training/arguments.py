@@ -46,7 +46,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda n: n >= 1,
         "gradient_accumulation_steps per_device_train_batch_tokens per_device_eval_batch_tokens "
         "per_device_train_batch_size per_device_eval_batch_size generation_num_beams average_checkpoints "
-        "early_stopping_patience lora_rank num_beams max_new_tokens batch_tokens",
+        "early_stopping_patience lora_rank num_beams max_new_tokens batch_tokens max_train_samples max_eval_samples "
+        "max_source_length max_target_length shuffle_buffer",
     ),
     "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2"),
     "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
@@ -56,18 +57,18 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def check_numbers(arguments: Any) -> None:
+def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
     """
     Compares the fields of arguments of any kind with `LIMITS`; one that is None was left out.
 
     Raises:
-        RecipeError: names the field, and what it must be.
+        UserError: of that kind; it names the field, and what it must be.
     """
     for words, (holds, names) in LIMITS.items():
         for name in names.split():
             value = getattr(arguments, name, None)
             if value is not None and not (math.isfinite(value) and holds(value)):
-                raise RecipeError(f"{name}={value} must be {words}")
+                raise kind(f"{name}={value} must be {words}")
 
 
 def check_bleu_tokenizer(name: str) -> None:

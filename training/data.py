@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import DataArguments, UserError
+from .arguments import DataArguments, UserError, check_numbers
 from .bpe_dropout import WORDS, word_lengths
 from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
 
@@ -133,10 +133,7 @@ def _check_arguments(data: DataArguments) -> None:
         raise DataError(f"dataset={data.dataset!r} and {named[0]} are both given: choose one source of data")
     if not data.dataset and not named:
         raise DataError("no data: give a dataset, or train_file, validation_file or test_file")
-    for name in ("max_train_samples", "max_eval_samples", "max_source_length", "max_target_length", "shuffle_buffer"):
-        value = getattr(data, name)
-        if value is not None and value < 1:
-            raise DataError(f"{name}={value} must be at least 1")
+    check_numbers(data, DataError)
     if not 0 <= data.bpe_dropout <= 1:
         raise DataError(f"bpe_dropout={data.bpe_dropout} must lie between 0 and 1: it is a probability")
     if data.max_length_ratio is not None and data.max_length_ratio < 1:

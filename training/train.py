@@ -104,11 +104,16 @@ def main(argv: list[str]) -> None:
     # 5. what the model can do, in figures and words: one process alone, from the saved files, since a model that is
     # sharded answers only when all processes ask
     if trainer.is_world_process_zero():
-        model, _ = load_model(args.output_dir)
-        if args.average_checkpoints:
-            load_average(model, last_checkpoints(args.output_dir, args.average_checkpoints))
-            model.save_pretrained(args.output_dir)
-        finish(recipe, trainer, model, pairs)
+        finish(recipe, trainer, saved_model(args), pairs)
+
+
+def saved_model(args: TrainingArguments) -> PreTrainedModel:
+    """What the run has saved; where it is to end with the mean of its last checkpoints, that, in its place."""
+    model, _ = load_model(args.output_dir)
+    if args.average_checkpoints:
+        load_average(model, last_checkpoints(args.output_dir, args.average_checkpoints))
+        model.save_pretrained(args.output_dir)
+    return model
 
 
 def make_folder(args: TrainingArguments) -> None:

@@ -124,12 +124,12 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         if sentences is None or parameters is None:
             _refuse_in_stock_loops(
                 reason or "layers that are not torch's own, or differ in dtype or device",
-                compute_type=compute_type,
+                compute_type=compute_type is not None,
                 length_penalty_form=options.length_penalty_form != "power",
-                coverage_penalty=options.coverage_penalty,
-                ensemble=ensemble,
-                required_phrases=required_phrases,
-                forbidden_phrases=forbidden_phrases,
+                coverage_penalty=options.coverage_penalty != 0.0,
+                ensemble=bool(ensemble),
+                required_phrases=required_phrases is not None,
+                forbidden_phrases=forbidden_phrases is not None,
             )
             return super().generate(inputs, generation_config, **kwargs)
 
@@ -296,10 +296,10 @@ def _options(config: GenerationConfig, length_penalty_form: str | None, coverage
     return options
 
 
-def _refuse_in_stock_loops(reason: str, **asked: Any) -> None:
-    """What transformers' own loops do not know, because of `reason`, and would pass over."""
-    for name, value in asked.items():
-        if value:
+def _refuse_in_stock_loops(reason: str, **asked: bool) -> None:
+    """What transformers' own loops, which decode because of `reason`, would pass over."""
+    for name, wanted in asked.items():
+        if wanted:
             raise ValueError(f"{name} does not go with {reason}")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import pickle
 import weakref
 
@@ -32,17 +33,22 @@ CONFIGURATIONS = {
 # Largest error of a logit, as a share of the logits' standard deviation. These models showed 2e-6, 0.11 and 0.29.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.2, "int8": 0.5}
 
-needs_fbgemm = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="int8 is computed by FBGEMM, on x86"
-)
-TYPES = [pytest.param(name, marks=needs_fbgemm if name == "int8" else ()) for name in COMPUTE_TYPES]
+CPU = torch.device("cpu")
 FEW_INPUTS = inference.FEW_INPUTS
+needs_fbgemm = pytest.mark.skipif(not inference.is_native("int8", CPU), reason="whole numbers are FBGEMM's, on x86")
 
 
 @pytest.fixture(autouse=True)
 def small_matrices_in_int8_too(monkeypatch):
     """The networks of these tests have no others."""
     monkeypatch.setattr(inference, "FEW_INPUTS", 0)
+
+
+@pytest.fixture(params=["as this machine does it", "in float32"])
+def way(request, monkeypatch):
+    """Each type as this machine computes it, and as one without its instructions does."""
+    if request.param == "in float32":
+        monkeypatch.setattr(inference, "is_native", lambda compute_type, device: compute_type == "float32")
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +70,9 @@ def logits_by_steps(engine: PackedTransformer, source: dict, targets: torch.Tens
     return torch.stack(logits, dim=1)
 
 
-@pytest.mark.parametrize("compute_type", TYPES)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("fields", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+@pytest.mark.usefixtures("way")
 @torch.inference_mode()
 def test_logits_and_encodings_are_those_of_the_modules(tiny_model, source, padded, fields, compute_type):
     model = tiny_model(**fields)
@@ -77,21 +84,6 @@ def test_logits_and_encodings_are_those_of_the_modules(tiny_model, source, padde
     kept = source["attention_mask"].bool()
     wrong = (engine.encode(**source) - expected.encoder_last_hidden_state)[kept]
     assert wrong.abs().max() / expected.encoder_last_hidden_state.std() < TOLERANCE[compute_type]
-
-
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="caches are bfloat16 where a CPU computes in it")
-@torch.inference_mode()
-def test_the_caches_of_many_hypotheses_are_bfloat16_and_close(tiny_model, source, padded):
-    model = tiny_model()
-    engine, copies = PackedTransformer(model, "bfloat16"), 2**15 // model.config.d_model // 4
-    targets = padded((12,) * 4, seed=3)[0]
-    few = logits_by_steps(engine, source, targets)
-    many = {name: tensor.repeat(copies, 1) for name, tensor in source.items()}
-    for sources, dtype in ((source, torch.float32), (many, torch.bfloat16)):
-        state = engine.start(engine.encode(**sources), None, 1, False, False)
-        assert state.target.keys[0].dtype == state.cross[0][0].dtype == dtype
-    found = logits_by_steps(engine, many, targets.repeat(copies, 1))[:4]
-    assert (found - few).abs().max() / few.std() < TOLERANCE["bfloat16"]
 
 
 @torch.inference_mode()
@@ -125,27 +117,53 @@ def test_padding_may_be_longer_than_learned_positions(tiny_model, padded):
 # Little work, more than is little, and more than is little for one row.
 @pytest.mark.parametrize(("rows", "inside", "out"), [(5, 17, 33), (400, 17, 33), (2, 400, 700)])
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("compute_type", TYPES)
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+@pytest.mark.usefixtures("way")
 @torch.inference_mode()
-def test_a_packed_product_is_the_product(compute_type, relu, fine, rows, inside, out):
+def test_a_packed_product_is_the_product(compute_type, relu, positive, rows, inside, out):
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(out, inside, generator=generator), torch.randn(out, generator=generator)
     weight *= (17 / inside) ** 0.5  # sums of one size
     x = torch.randn(2, rows, inside, generator=generator)
+    x = x.abs() if positive else x
     expected = x.double() @ weight.double().T + bias.double()
     expected = expected.relu() if relu else expected
     # 24 bits; 8 bits; 7 or 8 bits for weights and states.
     tolerance = {"float32": 2e-5, "bfloat16": 0.15, "int8": 0.4}[compute_type]
-    for function in (pack_linear, *([inference._plain_linear] if compute_type != "int8" else [])):
-        multiply = function(weight, bias, compute_type, relu, *([fine] if function is pack_linear else []))
-        result = multiply(x)
-        assert result.dtype == torch.float32
-        assert (result - expected).abs().max() < tolerance
-        assert (multiply(x[:1, :1]) - expected[:1, :1]).abs().max() < tolerance
+    multiply = pack_linear(weight, bias, compute_type, relu, positive)
+    result = multiply(x)
+    assert result.dtype == torch.float32
+    assert (result - expected).abs().max() < tolerance
+    assert (multiply(x[:1, :1]) - expected[:1, :1]).abs().max() < tolerance
 
 
-@needs_fbgemm
+@pytest.mark.parametrize("compute_type", ["bfloat16", "int8"])
+@torch.inference_mode()
+def test_without_instructions_a_product_is_float32_s_of_rounded_weights(monkeypatch, compute_type):
+    monkeypatch.setattr(inference, "is_native", lambda compute_type, device: compute_type == "float32")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(600, 512, generator=generator), torch.randn(4, 512, generator=generator)
+    scales = weight.double().abs().amax(dim=1, keepdim=True) / 127
+    rounded = {"bfloat16": weight.bfloat16().double(), "int8": (weight.double() / scales).round() * scales}
+    found = pack_linear(weight, torch.zeros(600), compute_type)(x)
+    torch.testing.assert_close(found, (x.double() @ rounded[compute_type].T).float(), rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_products_of_a_type_without_instructions_are_told_once(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr(inference, "is_native", lambda compute_type, device: compute_type == "float32")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    inference.logger.warning_once.cache_clear()
+    for compute_type in (*COMPUTE_TYPES, *COMPUTE_TYPES):
+        PackedTransformer(tiny_model(), compute_type)
+    assert [record.getMessage().split()[0] for record in caplog.records] == [
+        "compute_type='bfloat16'",
+        "compute_type='int8'",
+    ]
+    inference.logger.warning_once.cache_clear()
+
+
 @torch.inference_mode()
 def test_int8_leaves_small_matrices_in_float32(monkeypatch):
     monkeypatch.setattr(inference, "FEW_INPUTS", FEW_INPUTS)
@@ -157,30 +175,55 @@ def test_int8_leaves_small_matrices_in_float32(monkeypatch):
 
 
 @needs_fbgemm
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 300])
 @torch.inference_mode()
-def test_fine_int8_rounds_each_row_by_itself():
+def test_sums_of_int8_are_exact(positive, rows):
+    """On whole numbers, the largest among them, which sums in 16 bits would cut."""
+    bits = inference._state_bits()
+    largest = 2**bits - 1 if positive else 2 ** (bits - 1) - 1
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(600, 500, generator=generator) / 5, torch.randn(6, 500, generator=generator)
-    multiply = pack_linear(weight, torch.zeros(600), "int8", fine=True)
-    alone = multiply(x)
-    assert (alone - x @ weight.T).abs().max() < 0.4
-    beside_larger_ones = multiply(torch.cat([x, 1000 * x, torch.zeros(1, 500)]))
-    torch.testing.assert_close(beside_larger_ones[:6], alone, rtol=0, atol=1e-5)
-    torch.testing.assert_close(beside_larger_ones[6:12], 1000 * alone, rtol=1e-5, atol=1e-2)
-    assert not beside_larger_ones[12].any()
-    # With one scale for all, the small rows are lost beside the large ones.
-    coarse = pack_linear(weight, torch.zeros(600), "int8")(torch.cat([x, 1000 * x]))
-    assert (coarse[:6] - x @ weight.T).abs().max() > 1
+    states = torch.randint(0 if positive else -largest, largest + 1, (rows, 2048), generator=generator)
+    weights = torch.randint(-127, 128, (520, 2048), generator=generator)
+    states[:, 0], weights[:, 0] = largest, 127  # the scales are 1
+    states[0], weights[1], weights[2] = largest, 127, -127
+    found = pack_linear(weights.float(), torch.zeros(520), "int8", positive=positive)(states.float())
+    torch.testing.assert_close(found.double(), (states @ weights.T).double(), rtol=1e-6, atol=1e-2)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("positive", [False, True])
+@torch.inference_mode()
+def test_a_row_in_int8_does_not_depend_on_its_neighbours(positive):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(600, 512, generator=generator) / 5, torch.randn(6, 512, generator=generator)
+    x = x.abs() if positive else x
+    multiply = pack_linear(weight, torch.randn(600, generator=generator), "int8", positive=positive)
+    together = multiply(torch.cat([x, 1000 * x, torch.zeros(1, 512), x.repeat(50, 1)]))
+    assert torch.equal(together[:6], together[-6:])
+    for number in range(6):
+        assert torch.equal(multiply(x[None, number, None])[0], together[None, number])
+
+
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}], ids=["greedy", "beams"])
+def test_a_sentence_is_decoded_alike_alone_and_in_a_batch(lively_model, padded, compute_type, options):
+    model, (ids, mask) = lively_model(), padded((9, 4, 7, 2, 9, 5, 3, 8))
+    options = {**options, "compute_type": compute_type, "max_new_tokens": 20}
+    together = model.generate(ids, attention_mask=mask, **options)
+    for number, length in enumerate(mask.sum(dim=1).tolist()):
+        alone = model.generate(ids[number, None, :length], **options)[0]
+        assert torch.equal(together[number, : len(alone)], alone)
+        assert torch.isin(together[number, len(alone) :], torch.tensor([0, 2])).all()  # padding
 
 
 def test_packing_int8_leaves_the_process_s_quantisation_engine(tiny_model):
     before = torch.backends.quantized.engine
-    if "fbgemm" in torch.backends.quantized.supported_engines:
-        PackedTransformer(tiny_model(), "int8")
+    PackedTransformer(tiny_model(), "int8")
     assert torch.backends.quantized.engine == before
 
 
-@pytest.mark.parametrize("compute_type", [None, *TYPES])
+@pytest.mark.parametrize("compute_type", [None, *COMPUTE_TYPES])
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}], ids=["greedy", "beams"])
 def test_sharp_models_decode_alike_in_every_type(lively_model, source, compute_type, options):
     """The likeliest of a sharp distribution stays so when numbers are rounded."""

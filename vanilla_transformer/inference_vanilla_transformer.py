@@ -11,10 +11,12 @@
 Sizes in the comments: B sentences, W beams (or samples) of each, S source tokens, N cached target tokens, H heads.
 """
 
+import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,10 +24,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .loading_vanilla_transformer import refuse_lost_weights
 from .operations_vanilla_transformer import FEW_PRODUCTS, Linear
 
+
+logger = logging.get_logger(__name__)
 
 COMPUTE_TYPES = ("float32", "bfloat16", "int8")
 # A product over fewer is not faster in int8, whose states must be rounded first and whose sums must be scaled.
@@ -41,23 +46,26 @@ _Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 def pack_linear(
-    weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False, fine: bool = False
+    weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False, positive: bool = False
 ) -> _Linear:
     """
-    x W^T + b, of float32 states into float32 states, computed in `compute_type`.
+    x W^T + b, of float32 states into float32 states, with the weights rounded to `compute_type`.
 
     Args:
         weight: `[out, in]`. bias: `[out]`.
-        compute_type: "float32"; "bfloat16", with sums in float32; or "int8": weights rounded to 8 bits, with a scale
-            for each row, and states to 8 bits, with a scale for each call (torch's dynamic quantisation, by FBGEMM).
-            Matrices with fewer than `FEW_INPUTS` inputs stay float32.
+        compute_type: "float32"; "bfloat16", with sums in float32; or "int8": weights have 8 bits and a scale for each
+            output, states have 7 or 8 bits and a scale for each row, and sums are exact integers. Matrices with fewer
+            than `FEW_INPUTS` inputs stay float32. Where `is_native` says no, the rounded weights are multiplied in
+            float32.
         relu: whether max(0, .) follows.
-        fine: in int8, a scale for each row of states too: closer to float32, for a few calls more.
+        positive: whether no state is below 0; int8 then rounds them twice as finely.
     """
-    if compute_type == "int8":
-        if weight.shape[1] >= FEW_INPUTS:
-            return _int8_linear(weight, bias, relu, fine)
+    if compute_type == "int8" and weight.shape[1] < FEW_INPUTS:
         compute_type = "float32"
+    if not is_native(compute_type, weight.device):
+        weight, compute_type = _rounded(weight.float(), compute_type), "float32"
+    if compute_type == "int8":
+        return _int8_linear(weight.float(), bias.float(), relu, positive)
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return _plain_linear(weight, bias, compute_type, relu)
     dtype = getattr(torch, compute_type)
@@ -66,6 +74,35 @@ def pack_linear(
     if dtype == torch.float32:
         return _float32_linear(weight.float(), packed, bias, relu)
     return lambda x: product(x.to(dtype), packed, bias, after, [], "").float()
+
+
+def is_native(compute_type: str, device: torch.device) -> bool:
+    """Whether this machine has instructions for products in this type: without them, float32 is the fastest right way."""
+    if device.type != "cpu":
+        return compute_type != "int8"
+    if compute_type == "int8":
+        return "fbgemm" in torch.backends.quantized.supported_engines
+    if compute_type != "bfloat16":
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine() in ("aarch64", "arm64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # oneDNN computes bfloat16 on any AVX-512, but by float32. The capability is what ATEN_CPU_CAPABILITY leaves.
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _rounded(weight: torch.Tensor, compute_type: str) -> torch.Tensor:
+    """The float32 weights with the precision of another type."""
+    if compute_type == "int8":
+        scales = _scales(weight)[:, None].float()
+        return (weight / scales).round_().mul_(scales)
+    return weight.to(getattr(torch, compute_type)).float()
+
+
+def _scales(weight: torch.Tensor) -> torch.Tensor:
+    """What a step of 8 bits is worth for each output, `[out]`."""
+    return weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
 
 
 def _float32_linear(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linear:
@@ -93,44 +130,54 @@ def _plain_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, r
     return lambda x: F.linear(x.to(dtype), weight, bias).float()
 
 
-def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool, fine: bool) -> _Linear:
-    weight, bias = weight.float(), bias.float().contiguous()
-    scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
-    # FBGEMM is faster but for large matrices such as the output projection.
-    library = "onednn" if len(weight) >= 4096 and "onednn" in torch.backends.quantized.supported_engines else "fbgemm"
-    with warnings.catch_warnings(), _packing_by(library):
-        warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
-        zeros = torch.zeros(len(weight), dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(quantized, None if fine else bias)
-    # Without VNNI instructions sums of 8-bit products overflow 16 bits, unless the states have 7.
-    reduce_range = not torch.cpu._is_vnni_supported()
-    product, product_relu = torch.ops.quantized.linear_dynamic, torch.ops.quantized.linear_relu_dynamic
-    if not fine:
-        product = product_relu if relu else product
-        return lambda x: product(x, packed, reduce_range)
+def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool, positive: bool) -> _Linear:
+    """By FBGEMM, each row of states with a scale of its own, so that no row depends on the others of a call."""
+    packed, bits = _packed_in_8_bits(weight), _state_bits()
+    steps, zero = (2**bits - 1, 0) if positive else (2 ** (bits - 1) - 1, 2 ** (bits - 1))
 
     def linear(x: torch.Tensor) -> torch.Tensor:
-        if x.numel() == x.shape[-1]:
-            x = product(x, packed, reduce_range).add_(bias)
-        else:
-            # The product has one scale for all states: rows are brought to one size, and back.
-            sizes = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
-            x = torch.addcmul(bias, product(x / sizes, packed, reduce_range), sizes)
+        # The product rounds all states alike: rows are brought to [-1, 1] before it, and back after it.
+        sizes = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+        x = torch.addcmul(bias, _int8_product(x / sizes, 1 / steps, zero, packed), sizes)
         return x.relu_() if relu else x
 
     return linear
+
+
+def _packed_in_8_bits(weight: torch.Tensor) -> Any:
+    """The weights `[out, in]` as FBGEMM reads them."""
+    with warnings.catch_warnings(), _packing_by_fbgemm():
+        warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
+        zeros = torch.zeros(len(weight), dtype=torch.long)
+        quantized = torch.quantize_per_channel(weight, _scales(weight), zeros, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+# Of states, their scale and zero point, and packed weights.
+_int8_product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+
+@cache
+def _state_bits() -> int:
+    """
+    How many bits states may have so that sums are exact: 8, or 7 where FBGEMM adds two products in 16 bits (without
+    VNNI), which 2 * 255 * 127 does not fit into. Found by such a sum, so that instructions hidden from FBGEMM count.
+    """
+    inputs = 64
+    ones = torch.ones(1, inputs)
+    found = _int8_product(ones, 1 / 255, 0, _packed_in_8_bits(ones))
+    return 8 if abs(float(found) - inputs) < 0.01 else 7
 
 
 _quantized_engine = threading.Lock()
 
 
 @contextmanager
-def _packing_by(library: str) -> Iterator[None]:
+def _packing_by_fbgemm() -> Iterator[None]:
     """Which library packs quantised weights is one setting for the process: it is put back."""
     with _quantized_engine:
         before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = library
+        torch.backends.quantized.engine = "fbgemm"
         try:
             yield
         finally:
@@ -323,8 +370,8 @@ class _Layer:
         self.self_norm = _norm(layer.self_attn_layer_norm)
         fused = isinstance(layer.activation_fn, nn.ReLU)
         self.activation = None if fused else layer.activation_fn
-        self.fc1 = pack_linear(*weight_and_bias(layer.fc1), compute_type, relu=fused, fine=True)
-        self.fc2 = pack_linear(*weight_and_bias(layer.fc2), compute_type)
+        self.fc1 = pack_linear(*weight_and_bias(layer.fc1), compute_type, relu=fused)
+        self.fc2 = pack_linear(*weight_and_bias(layer.fc2), compute_type, positive=fused)
         self.final_norm = _norm(layer.final_layer_norm)
 
     def residual(self, x: torch.Tensor, norm: _Linear, sublayer: _Linear) -> torch.Tensor:
@@ -433,7 +480,7 @@ class PositionTable:
 class PackedTransformer:
     """
     A model's weights laid out for decoding, and its computation on them. Products with weights are computed in
-    `compute_type`, states are float32 between them; unless `compute_type` is "float32", caches may be bfloat16.
+    `compute_type`, states are float32 between them. Caches are float32 on a CPU, elsewhere 16 bits if the products are.
 
     Args:
         model: a `VanillaTransformerForConditionalGeneration`.
@@ -445,6 +492,13 @@ class PackedTransformer:
         self.config = model.config
         self.compute_type = compute_type
         self.device = model.lm_head.weight.device
+        sixteen = self.device.type != "cpu" and compute_type != "int8"
+        self.cache_dtype = getattr(torch, compute_type) if sixteen else torch.float32
+        if not is_native(compute_type, self.device):
+            logger.warning_once(
+                f"compute_type={compute_type!r} brings no speed here: torch has no {compute_type} products for this "
+                f"{self.device.type}. The weights are rounded to {compute_type} and multiplied in float32."
+            )
         self.encoder, self.decoder = encoder, decoder
         self.encoder_layers = [_EncoderLayer(layer, compute_type) for layer in encoder.layers]
         self.decoder_layers = [_DecoderLayer(layer, compute_type) for layer in decoder.layers]
@@ -452,7 +506,7 @@ class PackedTransformer:
         # Keys and values of the source for all layers in one product.
         cross = [(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in decoder.layers]
         self.read_source = _packed_together([weight_and_bias(each) for pair in cross for each in pair], compute_type)
-        self.project = pack_linear(*weight_and_bias(model.lm_head), compute_type, fine=True)
+        self.project = pack_linear(*weight_and_bias(model.lm_head), compute_type)
         self.encoder_positions, self.decoder_positions = PositionTable(encoder), PositionTable(decoder)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -481,30 +535,21 @@ class PackedTransformer:
             padded: whether target prefixes are padded.
         """
         sentences, layer = len(memory), self.decoder_layers[0]
-        dtype = self._cache_dtype(sentences * width)
         source_mask = None
         if attention_mask is not None and not attention_mask.all():
-            source_mask = torch.zeros(attention_mask.shape, device=self.device, dtype=dtype)
+            source_mask = torch.zeros(attention_mask.shape, device=self.device, dtype=self.cache_dtype)
             source_mask = source_mask.masked_fill_(attention_mask == 0, float("-inf"))
             source_mask = source_mask.repeat_interleave(layer.heads, dim=0)[:, None]
         widths = [layer.heads * layer.d_k, layer.heads * layer.d_v] * len(self.decoder_layers)
         states = [
             part.unflatten(-1, (layer.heads, -1)).transpose(1, 2).flatten(0, 1)  # [B * H, S, d]
-            for part in self.read_source(memory.float()).to(dtype).split(widths, dim=-1)
+            for part in self.read_source(memory.float()).to(self.cache_dtype).split(widths, dim=-1)
         ]
         cross = list(zip(states[::2], states[1::2], strict=True))
         rows = sentences if beams else sentences * width
         sizes = (len(self.decoder_layers), rows, layer.heads, layer.d_k, layer.d_v)
-        return DecoderState(cross, source_mask, TargetCache(*sizes, beams or padded, self.device, dtype), sentences)
-
-    def _cache_dtype(self, hypotheses: int) -> torch.dtype:
-        """That of keys and values. Many are read faster in bfloat16, where a CPU has instructions for it."""
-        if self.compute_type == "float32":
-            return torch.float32
-        few = hypotheses * self.config.d_model < 2**15
-        if self.device.type == "cpu" and (few or not torch.cpu._is_avx512_bf16_supported()):
-            return torch.float32
-        return torch.bfloat16
+        target = TargetCache(*sizes, beams or padded, self.device, self.cache_dtype)
+        return DecoderState(cross, source_mask, target, sentences)
 
     def step(
         self, tokens: torch.Tensor, state: DecoderState, record: list[torch.Tensor] | None = None, logits: bool = True
@@ -632,7 +677,7 @@ def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> st
     What to compute in: as asked for; under autocast, autocast's dtype; else the model's own.
 
     Raises:
-        ValueError: there is no such type, or this machine cannot compute in it.
+        ValueError: there is no such type.
     """
     device = model.device.type
     if compute_type is None:
@@ -643,10 +688,5 @@ def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> st
     if compute_type not in COMPUTE_TYPES:
         raise ValueError(
             f"compute_type={compute_type!r}: there is no such type; take one of {', '.join(COMPUTE_TYPES)}"
-        )
-    if compute_type == "int8" and (device != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines):
-        raise ValueError(
-            f"compute_type='int8' needs an x86 CPU (FBGEMM), and this model is on {device!r}, where torch has "
-            f"{', '.join(torch.backends.quantized.supported_engines)}: take 'bfloat16'"
         )
     return compute_type

@@ -26,6 +26,8 @@ from vanilla_transformer.inference_vanilla_transformer import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("packed_engine")
+
 CONFIGURATIONS = {
     **NETWORKS,
     "two vocabularies": {**NETWORKS["separate vocabularies"], "tie_word_embeddings": False},
@@ -486,6 +488,7 @@ STOCK = {
         {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions",
     ),
     "states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+    "told cache": ({"use_cache": True, "return_dict_in_generate": True}, "past_key_values"),
     "own cache": ({"past_key_values": "static"}, "past_key_values"),
     "encoder's output": ({"encoder_outputs": "computed"}, "encoder_outputs"),
     "assistant": ({"assistant_model": "itself", "num_beams": 1}, "generation mode"),
@@ -544,6 +547,29 @@ class TestStock:
                 continue
             with pytest.raises(ValueError, match=f"{own} does not go with .*{name}"):
                 model.generate(**source, **filled({**arguments, own: value}, model, source))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 1, "do_sample": True, "top_k": 1}])
+def test_an_output_may_be_continued_from_its_cache(lively_model, padded, options):
+    """As transformers' tests of `generate()` do it."""
+    model = lively_model()
+    model.generation_config.eos_token_id = None
+    source = dict(zip(("input_ids", "attention_mask"), padded((5, 7)), strict=True))
+    asked = {**source, **options, "use_cache": True, "return_dict_in_generate": True}
+    whole = model.generate(**asked, max_new_tokens=4)
+    begun = model.generate(**asked, max_new_tokens=3)
+    # It holds all but the last token.
+    memory = model.model.encoder(**source)
+    states = model(
+        encoder_outputs=memory, attention_mask=source["attention_mask"], decoder_input_ids=begun.sequences[:, :-1]
+    ).past_key_values
+    for found, expected in zip(begun.past_key_values, states, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    past = {"past_key_values": begun.past_key_values, "decoder_input_ids": begun.sequences}
+    continued = model.generate(**asked, **past, max_new_tokens=1)
+    assert torch.equal(continued.sequences, whole.sequences)
+    assert isinstance(continued.past_key_values, EncoderDecoderCache)
 
 
 class Wrapped(nn.Linear):

@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
+from vanilla_transformer import generation_vanilla_transformer as generation
+from vanilla_transformer import program_vanilla_transformer as program
 
 
 # transformers' own tests are downloaded: `make conformance` puts them on the path, and only then are they collected.
@@ -27,6 +29,18 @@ TINY = {
     "decoder_ffn_dim": 32,
     "max_position_embeddings": 48,
 }
+
+
+@pytest.fixture(autouse=True)
+def wait_for_compiler(monkeypatch) -> None:
+    """The default engine does not depend on how fast the compiler is: `generate()` waits for it."""
+    monkeypatch.setattr(generation, "load_soon", program.load)
+
+
+@pytest.fixture
+def packed_engine(monkeypatch, wait_for_compiler) -> None:
+    """`generate()` decodes without the compiled program unless a test says `compiled=True`."""
+    monkeypatch.setattr(generation, "load_soon", lambda: None)
 
 
 @pytest.fixture(scope="session")

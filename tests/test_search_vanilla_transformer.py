@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compilers import HAS_COMPILER, needs_compiler, needs_vnni
+from compilers import HAS_COMPILER, needs_compiler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -23,6 +23,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from vanilla_transformer.search_vanilla_transformer import top_of_rows
 
+
+pytestmark = pytest.mark.usefixtures("packed_engine")
 
 LENGTHS = (7, 4, 1, 6, 3, 8, 2, 5, 6, 3, 7, 5)
 CONFIGURATIONS = {
@@ -339,7 +341,7 @@ class TestNeighbours:
         pytest.param({}, 1e-5, id="some leave"),
         pytest.param({"output_scores": True}, 1e-5, id="all stay"),
         pytest.param({"compiled": True}, 0.0, id="compiled", marks=needs_compiler),
-        pytest.param(INT8, 0.0, id="compiled, int8", marks=(needs_compiler, needs_vnni)),
+        pytest.param(INT8, 0.0, id="compiled, int8", marks=needs_compiler),
     ]
 
     @pytest.mark.parametrize(("way", "tolerance"), WAYS)

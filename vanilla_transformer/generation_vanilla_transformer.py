@@ -1,19 +1,21 @@
 """How `generate()` decodes this model: the paper's beam search (Vaswani et al., 2017, section 6.1) by default.
 
-`generate()` here takes all that transformers' own takes, and what translators ask for besides. It runs the searches
-of `search_vanilla_transformer.py` on the packed network of `inference_vanilla_transformer.py`, or both as the compiled
-program of `native_vanilla_transformer.py`. What only transformers' loops offer (attention weights and states of each
-step, static caches, assistants, custom loops) they still do.
+`generate()` here takes all that transformers' own takes, and what translators ask for besides. Three engines give the
+same output, and `choose_engine` takes the fastest that knows what is asked for: the compiled program of
+`native_vanilla_transformer.py`; the searches of `search_vanilla_transformer.py` on the packed network of
+`inference_vanilla_transformer.py`; and transformers' own loops, which alone offer attention weights and states of each
+step, static caches, assistants and custom loops.
 """
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from .constraints_vanilla_transformer import ForbiddenPhrases, RequiredPhrases
 from .inference_vanilla_transformer import (
@@ -22,9 +24,12 @@ from .inference_vanilla_transformer import (
     parameters_of_plain_modules,
     resolve_compute_type,
 )
-from .native_vanilla_transformer import NativeTransformer, refuse_impossible
+from .native_vanilla_transformer import NativeTransformer, why_not_compiled, why_not_searched
+from .program_vanilla_transformer import ProgramError, load, load_soon
 from .search_vanilla_transformer import Options, SearchJob, search_beams, search_rows
 
+
+logger = logging.get_logger(__name__)
 
 # Section 6.1: "maximum output length during inference to input length + 50".
 MAX_EXTRA_TOKENS = 50
@@ -45,6 +50,13 @@ KNOWN_INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_att
 _NO_PARAMETERS = inspect.Signature()
 
 
+class Engine(NamedTuple):
+    """What decodes: "compiled", "packed" or "transformers"; and why nothing faster does, in words."""
+
+    name: str
+    reason: str
+
+
 class SharedEncoding(BaseModelOutput):
     """
     Stands in transformers' `generate()` for the encoder's output, which our searches compute. It brings there what ours
@@ -53,7 +65,14 @@ class SharedEncoding(BaseModelOutput):
 
 
 class VanillaTransformerGenerationMixin(GenerationMixin):
-    """transformers' `generate()` with the paper's defaults: beam 4, and outputs at most 50 tokens over the source."""
+    """
+    transformers' `generate()` with the paper's defaults: beam 4, and outputs at most 50 tokens over the source.
+
+    Attributes:
+        last_engine: what decoded in the last call of `generate()`, and why nothing faster did.
+    """
+
+    last_engine: Engine | None = None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -88,10 +107,11 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             compute_type: what products with weights are computed in: "float32", "bfloat16", or "int8" (x86 CPUs).
                 Default: the model's dtype. The weights are packed at the first call and kept beside the model.
             compiled: whether greedy and beam search run as one compiled program, in float32 or int8 on a CPU: several
-                times as fast in small networks (`native_vanilla_transformer.py`). Needs GCC (g++) at the first use
-                on a machine. What the program does not know (sampling, groups, ensembles, phrases, coverage,
-                scores of steps, processors but a minimum length, rare activations) is decoded as without it.
-                Default: False.
+                times faster in small networks (`native_vanilla_transformer.py`). Default: as soon as it is there. It
+                needs a C++ compiler, which works in the background at the first use on a machine; without one the
+                output is the same, but slower. True waits for the compiler and raises an error where the program
+                cannot be had. False never takes it. What the program does not know (sampling, groups, ensembles,
+                phrases, coverage, scores of steps, processors but a minimum length) is decoded without it in any case.
             length_penalty_form: what the log-probability of a hypothesis of n tokens is divided by, with
                 `length_penalty` as alpha: "power", n^alpha, as in transformers and fairseq (default); "gnmt",
                 ((5 + n) / 6)^alpha, as in the paper, which has alpha = 0.6 (Wu et al., 2016, equation 14).
@@ -108,22 +128,22 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
 
         Returns:
             As in transformers. With `return_dict_in_generate=True` beam search always tells `sequences_scores`.
-            `past_key_values` is None unless transformers' own loop has decoded.
+            `past_key_values` is None unless transformers' own loop has decoded: say `use_cache=True` to be given it.
 
         Raises:
-            ValueError: an argument is wrong, or does not go with another one that only transformers' loops know; a
-                weight is no finite number; the program cannot be compiled, or does not know this machine.
+            ValueError: an argument is wrong, or does not go with another one that only transformers' loops know; the
+                weights contain NaN or infinity; `compiled=True`, and the program cannot be had.
         """
         config, model_inputs = self._prepare_generation_config(generation_config, **_without_extras(kwargs))
         compute_type = _first(compute_type, getattr(config, "compute_type", None))
-        compiled = bool(_first(compiled, getattr(config, "compiled", None)))
+        compiled = _first(compiled, getattr(config, "compiled", None))
         options = _options(config, length_penalty_form, coverage_penalty)
         sentences = _sentences(inputs, model_inputs)
         reason = self._why_not_here(config, model_inputs, sentences, kwargs)
         parameters = parameters_of_plain_modules(self) if reason is None else None
         if sentences is None or parameters is None:
             _refuse_in_stock_loops(
-                reason or "layers that are not torch's own, or differ in dtype or device",
+                reason := reason or "layers that are not torch's own, or differ in dtype or device",
                 compute_type=compute_type is not None,
                 length_penalty_form=options.length_penalty_form != "power",
                 coverage_penalty=options.coverage_penalty != 0.0,
@@ -131,6 +151,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
                 required_phrases=required_phrases is not None,
                 forbidden_phrases=forbidden_phrases is not None,
             )
+            self.last_engine = Engine("transformers", reason)
             return super().generate(inputs, generation_config, **kwargs)
 
         # 1. what constrains the outputs
@@ -149,8 +170,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             (self, parameters),
             *((model, _member(self, model, number)) for number, model in enumerate(ensemble, 1)),
         ]
-        if compiled:
-            refuse_impossible(compute_type, device)
+        if compiled and (why := why_not_compiled(compute_type, device)):
+            raise ValueError(f"compiled=True: {why}")
 
         # 3. transformers prepares lengths, prefixes, processors and criteria, and calls this to search
         def search(
@@ -177,7 +198,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             )
             # No gradients, no counting of changes, and no casts but those of the compute type.
             with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-                result = _searched(job, members, compute_type, compiled)
+                self.last_engine = choose_engine(job, members, compute_type, compiled)
+                result = _searched(job, members, compute_type, self.last_engine.name)
             return _outside_inference_mode(result)
 
         search.__signature__ = _NO_PARAMETERS  # type: ignore[attr-defined]
@@ -196,6 +218,9 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         wanted = {
             f"the generation mode {mode}": mode not in SEARCHES,
             "use_cache=False": not config.use_cache,
+            # Asked for by name: what transformers tells by default, the keys and values of beams that never ended.
+            "past_key_values, for use_cache=True with return_dict_in_generate": kwargs.get("use_cache") is True
+            and bool(config.return_dict_in_generate),
             f"cache_implementation={config.cache_implementation!r}": config.cache_implementation is not None,
             "custom_generate": kwargs.get("custom_generate") is not None,
             "synced_gpus": bool(kwargs.get("synced_gpus")),
@@ -372,11 +397,43 @@ def _refuse_long_phrases(required: Sequence[Sequence[Sequence[int]]], new_tokens
             )
 
 
-def _searched(job: SearchJob, members: list, compute_type: str, compiled: bool) -> Any:
-    """By the compiled program if it knows all that is asked for, otherwise by our searches on packed networks."""
+def choose_engine(job: SearchJob, members: list, compute_type: str, compiled: bool | None) -> Engine:
+    """
+    The fastest engine of ours that knows all that is asked for. A program that must be compiled first is not waited for
+    unless `compiled` is True.
+
+    Args:
+        members: the models of an ensemble, or the one model, and the parameters of each.
+
+    Raises:
+        ProgramError: `compiled` is True, and the program cannot be compiled or loaded here.
+    """
     model, parameters = members[0]
-    if compiled and len(members) == 1 and NativeTransformer.can_search(model, job):
-        return copy_of(model, parameters, NativeTransformer, compute_type).search(job)
+    if compiled is False:
+        return Engine("packed", "compiled=False")
+    unknown = (
+        ("it does not know ensembles" if len(members) > 1 else None)
+        or why_not_compiled(compute_type, parameters[0].device)
+        or why_not_searched(model, job)
+    )
+    if unknown:
+        return Engine("packed", f"the compiled program: {unknown}")
+    try:
+        ready = load() if compiled else load_soon()
+    except ProgramError as error:
+        if compiled:
+            raise
+        logger.warning_once(f"generate() runs without its compiled program, several times slower: {error}")
+        return Engine("packed", str(error))
+    if ready is None:
+        logger.info("generate() runs without its compiled program until the compiler is done")
+        return Engine("packed", "the program is being compiled")
+    return Engine("compiled", "")
+
+
+def _searched(job: SearchJob, members: list, compute_type: str, engine: str) -> Any:
+    if engine == "compiled":
+        return copy_of(*members[0], NativeTransformer, compute_type).search(job)
     engines = [copy_of(*member, PackedTransformer, compute_type) for member in members]
     return search_beams(job, engines) if job.config.num_beams > 1 else search_rows(job, engines)
 

@@ -8,24 +8,28 @@
 // All threads run the same functions and share the work of each loop (`Team`). Sizes in the comments: d d_model, V
 // vocabulary, W beams of a sentence, K candidates. A row is a hypothesis, or in the encoder a source token.
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-#endif
+#include "instructions_vanilla_transformer.h"
 
 namespace {
 
@@ -58,28 +62,101 @@ Array<T> zeros(Index size) {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNever = -1.0e9f;  // as transformers has it: the score of what must never be chosen
 
+// ---- Threads -------------------------------------------------------------------------------------------------------
+
+// Where the threads of a search wait for each other. A short wait spins. A longer one sleeps: where another program keeps
+// a core busy, a thread that waits must leave its own core to the thread that works.
+class Meeting {
+ public:
+  explicit Meeting(int size) : size_(size) {}
+
+  void wait() {
+    const int turn = turn_.load(std::memory_order_acquire);
+    refuse_if_abandoned();
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.fetch_add(1, std::memory_order_acq_rel);
+      turn_.notify_all();
+    } else {
+      spin(turn);
+      turn_.wait(turn, std::memory_order_acquire);
+    }
+    refuse_if_abandoned();
+  }
+
+  // A thread has failed: the others end too, at their next `wait`.
+  void abandon() {
+    abandoned_.store(true, std::memory_order_relaxed);
+    turn_.fetch_add(1, std::memory_order_acq_rel);
+    turn_.notify_all();
+  }
+
+  struct Abandoned {};
+
+ private:
+  void refuse_if_abandoned() const {
+    if (abandoned_.load(std::memory_order_relaxed)) throw Abandoned();
+  }
+
+  // Measured on two cores, idle and beside a busy process: below 20 us idle cores lose, above 200 us the others wait.
+  void spin(int turn) const {
+    using Clock = std::chrono::steady_clock;
+    const auto end = Clock::now() + std::chrono::microseconds(50);
+    do {
+      for (int i = 0; i < 64; ++i)
+        if (turn_.load(std::memory_order_acquire) != turn) return;
+    } while (Clock::now() < end);
+  }
+
+  const int size_;
+  std::atomic<int> arrived_{0}, turn_{0};
+  std::atomic<bool> abandoned_{false};
+};
+
 // One of the threads that run a function together.
 struct Team {
   int rank, size;
+  Meeting& meeting;
 
   // This thread's part of n pieces of work.
   std::pair<Index, Index> part(Index n) const { return {n * rank / size, n * (rank + 1) / size}; }
 
   void wait() const {
-#pragma omp barrier
+    if (size > 1) meeting.wait();
   }
 };
 
-// ---- Arithmetic ----------------------------------------------------------------------------------------------------
+// `run(team)` on so many threads, of which the caller's is the first. Throws what the first thread that fails throws.
+template <class Run>
+void together(Index threads, Run run) {
+  const int size = int(std::max<Index>(1, threads));
+  Meeting meeting(size);
+  std::exception_ptr failure;
+  std::atomic<bool> failed{false};
+  const auto fail = [&] {
+    if (!failed.exchange(true)) failure = std::current_exception();
+    meeting.abandon();
+  };
+  const auto work = [&](int rank) {
+    try {
+      run(Team{rank, size, meeting});
+    } catch (const Meeting::Abandoned&) {
+    } catch (...) {
+      fail();
+    }
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int rank = 1; rank < size; ++rank) others.emplace_back(work, rank);
+    work(0);
+  } catch (...) {  // a thread could not be started
+    fail();
+  }
+  for (std::thread& other : others) other.join();
+  if (failure) std::rethrow_exception(failure);
+}
 
-// A block of kRows rows and kVectors vectors of sums stays in the registers.
-#ifdef __AVX512F__
-constexpr int kLanes = 16, kRows = 6;
-#else
-constexpr int kLanes = 8, kRows = 3;
-#endif
-constexpr int kVectors = 4, kPanel = kVectors * kLanes;
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
+// ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
 // e^x for x <= 0 to 2e-7, as compilers can vectorise it (the polynomial of Cephes' expf). Below -87: e^-87.
 inline float exponential(float x) {
@@ -166,36 +243,33 @@ void block(const float* x, Index x_stride, Index in, const float* panel, Index p
   }
 }
 
-#ifdef __AVX512VNNI__
-// The same in 8 bits: groups of four inputs are multiplied and added at once, in whole numbers. States have 128 added,
-// which `offsets`, -128 times the sums of the weights, take away.
+// The same in 8 bits: groups of four inputs are multiplied and added at once, in whole numbers. `offsets`, -kOffset times
+// the sums of the weights, take away what has been added to the states.
 template <int R>
 void block(const uint8_t* x, Index x_stride, const float* x_scales, Index in, const int8_t* panel,
            const int32_t* offsets, const float* scales, const float* bias, Activation activation, float* y,
            Index y_stride, Index columns) {
-  __m512i sums[R][kVectors];
+  Sums sums[R][kVectors];
   UNROLL for (int r = 0; r < R; ++r)
-    UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_si512(offsets + v * kLanes);
+    UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = load(offsets + v * kLanes);
   for (Index i = 0; i < in; i += 4) {
-    __m512i w[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(panel + i * kPanel + v * 4 * kLanes);
     UNROLL for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, x + r * x_stride + i, 4);
-      const __m512i states = _mm512_set1_epi32(four);
-      UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], states, w[v]);
+      int32_t bytes;
+      std::memcpy(&bytes, x + r * x_stride + i, 4);
+      const Four four(bytes);
+      UNROLL for (int v = 0; v < kVectors; ++v)
+        sums[r][v] = multiply_add(sums[r][v], four, panel + i * kPanel + v * 4 * kLanes);
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {
     int32_t whole[kPanel];
     float row[kPanel];
-    UNROLL for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(whole + v * kLanes, sums[r][v]);
+    UNROLL for (int v = 0; v < kVectors; ++v) store(whole + v * kLanes, sums[r][v]);
     for (int c = 0; c < kPanel; ++c) row[c] = float(whole[c]) * (x_scales[r] * scales[c]) + bias[c];
     activate(activation, row);
     std::copy_n(row, columns, y + r * y_stride);
   }
 }
-#endif
 
 // `run(std::integral_constant<int, rows>)`, for rows up to kRows.
 template <int R = kRows, class Run>
@@ -209,7 +283,7 @@ class Rows {
  public:
   Rows(Index rows, Index width, bool int8)
       : width_(width), stride_((width + 3) / 4 * 4), int8_(int8), values_(buffer(rows * width)),
-        bytes_(int8 ? rows * stride_ : 0, 128), scales_(int8 ? rows : 0) {}
+        bytes_(int8 ? rows * stride_ : 0, kOffset), scales_(int8 ? rows : 0) {}
 
   float* row(Index r) { return &values_[r * width_]; }
   const float* row(Index r) const { return &values_[r * width_]; }
@@ -229,7 +303,7 @@ class Rows {
     const float factor = 127.0f / largest;
     uint8_t* to = &bytes_[r * stride_];
 #pragma omp simd
-    for (Index i = 0; i < width_; ++i) to[i] = uint8_t(int32_t(x[i] * factor + 128.5f));
+    for (Index i = 0; i < width_; ++i) to[i] = uint8_t(int32_t(x[i] * factor + 128.5f) - 128 + kOffset);
   }
 
  private:
@@ -270,7 +344,7 @@ class Linear {
       for (Index i = 0; i < in; ++i) {
         const int8_t rounded = int8_t(std::lrint(row[i] / scales_[o]));
         bytes_[panel + i / 4 * 4 * kPanel + column * 4 + i % 4] = rounded;
-        offsets_[o] -= 128 * rounded;
+        offsets_[o] -= kOffset * rounded;
       }
     }
   }
@@ -286,11 +360,9 @@ class Linear {
       for (Index row = begin; row < end; row += kRows) {
         with_rows(std::min<Index>(kRows, end - row), [&](auto count) {
           float* to = y + row * out_ + column;
-#ifdef __AVX512VNNI__
           if (int8_)
             return block<count>(x.bytes(row), x.stride(), x.scales(row), in_, &bytes_[column * in_], &offsets_[column],
                                 &scales_[column], &bias_[column], activation_, to, out_, columns);
-#endif
           block<count>(x.row(row), in_, in_, &weight_[column * in_], kPanel, &bias_[column], activation_, to, out_,
                        columns);
         });
@@ -448,7 +520,7 @@ class Source {
 
 // Shared with native_vanilla_transformer.py.
 struct Sizes {
-  Index d_model, vocabulary;
+  Index d_model, source_vocabulary, vocabulary;
   Index encoder_layers, encoder_heads, encoder_ffn, decoder_layers, decoder_heads, decoder_ffn;
   Index encoder_d_k, encoder_d_v, decoder_d_k, decoder_d_v;
   Index normalize_before;
@@ -457,18 +529,34 @@ struct Sizes {
   float eps, encoder_scale, decoder_scale;
 };
 
+// A matrix or vector of weights, shared with native_vanilla_transformer.py.
+struct Weight {
+  const float* numbers;
+  Index count;
+};
+
 // Takes the weights in the order in which Python lists them.
 struct Weights {
-  const float* const* next;
+  const Weight *next, *end;
   Sizes sizes;
 
-  Linear linear(Index out, Index in, Activation activation = Activation::kNone) {
-    const float* const* taken = std::exchange(next, next + 2);
-    return Linear(taken[0], taken[1], out, in, activation, sizes.int8);
+  const float* take(Index count) {
+    if (next == end || next->count != count)
+      throw std::length_error("weight " + std::to_string(end - next) + " from the end has " +
+                              (next == end ? "no" : std::to_string(next->count)) + " numbers, and the sizes ask for " +
+                              std::to_string(count));
+    return (next++)->numbers;
   }
+  Linear linear(Index out, Index in, Activation activation = Activation::kNone) {
+    const float* weight = take(out * in);
+    return Linear(weight, take(out), out, in, activation, sizes.int8);
+  }
+  // A missing norm, the identity, stands in the list without numbers.
   Norm norm() {
-    const float* const* taken = std::exchange(next, next + 2);
-    return taken[0] ? Norm(taken[0], taken[1], sizes.d_model, sizes.eps) : Norm();
+    const bool missing = next != end && !next->numbers;
+    const float* weight = take(missing ? 0 : sizes.d_model);
+    const float* bias = take(missing ? 0 : sizes.d_model);
+    return missing ? Norm() : Norm(weight, bias, sizes.d_model, sizes.eps);
   }
 };
 
@@ -510,11 +598,11 @@ struct Network {
   std::unique_ptr<Linear> project;
   const float *encoder_embedding, *decoder_embedding;  // [V, d], not copied
 
-  Network(const Sizes& given, const float* const* pointers)
+  Network(const Sizes& given, const Weight* first, Index count)
       : sizes(given),
         encoder_heads{given.encoder_heads, given.encoder_d_k, given.encoder_d_v},
         decoder_heads{given.decoder_heads, given.decoder_d_k, given.decoder_d_v} {
-    Weights weights{pointers, sizes};
+    Weights weights{first, first + count, sizes};
     for (Index i = 0; i < sizes.encoder_layers; ++i)
       encoder.emplace_back(weights, encoder_heads, sizes.d_model, sizes.encoder_ffn);
     encoder_norm = weights.norm();
@@ -524,8 +612,8 @@ struct Network {
     const Index read = sizes.decoder_layers * decoder_heads.both();
     read_source = std::make_unique<Linear>(weights.linear(read, sizes.d_model));
     project = std::make_unique<Linear>(weights.linear(sizes.vocabulary, sizes.d_model));
-    encoder_embedding = weights.next[0];
-    decoder_embedding = weights.next[1];
+    encoder_embedding = weights.take(sizes.source_vocabulary * sizes.d_model);
+    decoder_embedding = weights.take(sizes.vocabulary * sizes.d_model);
   }
 };
 
@@ -664,9 +752,10 @@ struct Job {
   Index sentences, threads;
   const Index* source;         // the ids of all source tokens, sentence after sentence, without padding
   const Index* source_starts;  // [sentences + 1]: where each sentence begins among them
-  const float *encoder_positions, *decoder_positions;  // [as many as needed, d]
-  const Index* prefix;                                 // [sentences, prefix_length]
-  Index prefix_length, max_length, min_length;         // with the prefix; nothing ends before min_length
+  const float *encoder_positions, *decoder_positions;  // [as many as there are, d]
+  Index encoder_position_count, decoder_position_count;
+  const Index* prefix;                          // [sentences, prefix_length]
+  Index prefix_length, max_length, min_length;  // with the prefix; nothing ends before min_length
   const Index* eos;
   Index eos_count;
   Index beams;  // 0: greedy search
@@ -677,6 +766,70 @@ struct Job {
   float* scores;                  // [sentences, returned]
   Index* lengths;                 // [sentences, returned]
   int32_t* lineage;               // [sentences, returned, max_length - prefix_length], filled with -1
+  // Python's PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals, or null. The first two let other Python
+  // threads run during the search; the third is asked now and then, and ends the search after a Ctrl-C.
+  void* (*release_interpreter)();
+  void (*take_interpreter)(void*);
+  int (*check_signals)();
+
+  // Throws std::length_error or std::out_of_range: the search would read or write beside what it was given.
+  void check(const Sizes& sizes) const {
+    const auto demand = [](bool holds, const char* what) {
+      if (!holds) throw std::length_error(what);
+    };
+    const auto within = [](const char* name, const Index* ids, Index count, Index vocabulary) {
+      for (Index i = 0; i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= vocabulary)
+          throw std::out_of_range(std::string(name) + " holds the id " + std::to_string(ids[i]) +
+                                  "; ids go from 0 to " + std::to_string(vocabulary - 1));
+    };
+    demand(sentences > 0, "there are no sentences");
+    demand(prefix_length > 0 && prefix_length < max_length, "the prefix leaves no room below max_length");
+    demand(returned > 0 && returned <= std::max<Index>(1, beams), "more outputs are asked for than there are beams");
+    demand(source_starts[0] == 0, "the source does not begin at 0");
+    for (Index s = 0; s < sentences; ++s) {
+      const Index length = source_starts[s + 1] - source_starts[s];
+      demand(length >= 0, "a sentence ends before it begins");
+      demand(length <= encoder_position_count, "the source is longer than its positions");
+    }
+    demand(max_length <= decoder_position_count, "max_length is more than there are positions");
+    within("input_ids", source, source_starts[sentences], sizes.source_vocabulary);
+    within("decoder_input_ids", prefix, sentences * prefix_length, sizes.vocabulary);
+    within("eos_token_id", eos, eos_count, sizes.vocabulary);
+  }
+};
+
+struct Interrupted {};
+
+// The caller's Python interpreter, released while a search runs.
+class Interpreter {
+ public:
+  explicit Interpreter(const Job& job) : job_(job) { release(); }
+  ~Interpreter() { take(); }
+
+  // By the caller's thread. Throws Interrupted.
+  void check_signals() {
+    const auto now = Clock::now();
+    if (!job_.check_signals || now < next_) return;
+    next_ = now + kInterval;
+    take();
+    const bool interrupted = job_.check_signals();
+    release();
+    if (interrupted) throw Interrupted();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kInterval{50};
+
+  void release() { state_ = job_.release_interpreter ? job_.release_interpreter() : nullptr; }
+  void take() {
+    if (job_.take_interpreter) job_.take_interpreter(state_);
+  }
+
+  const Job& job_;
+  void* state_ = nullptr;
+  Clock::time_point next_ = Clock::now() + kInterval;
 };
 
 struct Candidate {
@@ -715,8 +868,8 @@ struct Sentence {
 
 class Search {
  public:
-  Search(const Network& network, const Job& job)
-      : network_(network), job_(job), width_(std::max<Index>(1, job.beams)),
+  Search(const Network& network, const Job& job, Interpreter& interpreter)
+      : network_(network), job_(job), interpreter_(interpreter), width_(std::max<Index>(1, job.beams)),
         k_(job.beams ? std::max<Index>(2, 1 + job.eos_count) * width_ : 1),
         source_(network.encoder_heads, job.source_starts, job.sentences) {
     for (const DecoderLayer& layer [[maybe_unused]] : network.decoder)
@@ -754,6 +907,7 @@ class Search {
   void run(const Team& team) {
     encode(team);
     while (!active_.empty()) {
+      if (team.rank == 0) interpreter_.check_signals();
       const bool in_prefix = position_ + 1 < job_.prefix_length;
       decode(team);
       if (in_prefix) {
@@ -1008,6 +1162,7 @@ class Search {
 
   const Network& network_;
   const Job& job_;
+  Interpreter& interpreter_;
   const Index width_, k_;
   Source source_;              // for the encoder's layers, one after the other
   std::vector<Source> cross_;  // for each layer of the decoder
@@ -1023,18 +1178,76 @@ class Search {
   std::vector<std::vector<Candidate>> best_;         // of each row
 };
 
+// ---- What Python calls ---------------------------------------------------------------------------------------------
+
+// No exception leaves the program. What went wrong is kept for the thread that asked.
+enum Outcome : Index { kDone, kInterrupted, kNoMemory, kNoThread, kOutOfRange, kOther };
+thread_local std::string message;
+
+template <class Run>
+Outcome outcome(Run run) {
+  try {
+    run();
+    return kDone;
+  } catch (const Interrupted&) {
+    return kInterrupted;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  } catch (const std::system_error& error) {
+    message = error.what();
+    return kNoThread;
+  } catch (const std::out_of_range& error) {
+    message = error.what();
+    return kOutOfRange;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return kOther;
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-void* vt_create(const Sizes* sizes, const float* const* weights) { return new Network(*sizes, weights); }
+Index vt_create(const Sizes* sizes, const Weight* weights, Index count, void** network) {
+  return outcome([&] { *network = new Network(*sizes, weights, count); });
+}
 
 void vt_destroy(void* network) { delete static_cast<Network*>(network); }
 
-void vt_search(const void* network, const Job* job) {
-  Search search(*static_cast<const Network*>(network), *job);
-#pragma omp parallel num_threads(job->threads)
-  search.run({omp_get_thread_num(), omp_get_num_threads()});
+Index vt_search(const void* network, const Job* job) {
+  return outcome([&] {
+    const Network& searched = *static_cast<const Network*>(network);
+    job->check(searched.sizes);
+    Interpreter interpreter(*job);
+    Search search(searched, *job, interpreter);
+    together(job->threads, [&](const Team& team) { search.run(team); });
+  });
 }
+
+const char* vt_message() { return message.c_str(); }
+
+// The size of each structure and where its fields lie: Python compares it with its own.
+#define FIELD(name) offsetof(Structure, name)
+const Index* vt_layout(Index which) {
+  if (which == 0) {
+    using Structure = Sizes;
+    static const Index layout[] = {
+        sizeof(Structure), FIELD(d_model), FIELD(source_vocabulary), FIELD(vocabulary), FIELD(encoder_layers),
+        FIELD(encoder_heads), FIELD(encoder_ffn), FIELD(decoder_layers), FIELD(decoder_heads), FIELD(decoder_ffn),
+        FIELD(encoder_d_k), FIELD(encoder_d_v), FIELD(decoder_d_k), FIELD(decoder_d_v), FIELD(normalize_before),
+        FIELD(int8), FIELD(activation), FIELD(eps), FIELD(encoder_scale), FIELD(decoder_scale)};
+    return layout;
+  }
+  using Structure = Job;
+  static const Index layout[] = {
+      sizeof(Structure), FIELD(sentences), FIELD(threads), FIELD(source), FIELD(source_starts),
+      FIELD(encoder_positions), FIELD(decoder_positions), FIELD(encoder_position_count), FIELD(decoder_position_count),
+      FIELD(prefix), FIELD(prefix_length), FIELD(max_length), FIELD(min_length), FIELD(eos), FIELD(eos_count),
+      FIELD(beams), FIELD(early_stopping), FIELD(length_penalties), FIELD(returned), FIELD(sequences), FIELD(scores),
+      FIELD(lengths), FIELD(lineage), FIELD(release_interpreter), FIELD(take_interpreter), FIELD(check_signals)};
+  return layout;
+}
+#undef FIELD
 
 }

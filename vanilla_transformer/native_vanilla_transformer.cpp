@@ -303,7 +303,11 @@ class Rows {
     const float factor = 127.0f / largest;
     uint8_t* to = &bytes_[r * stride_];
 #pragma omp simd
-    for (Index i = 0; i < width_; ++i) to[i] = uint8_t(int32_t(x[i] * factor + 128.5f) - 128 + kOffset);
+    for (Index i = 0; i < width_; ++i) {
+      const float shifted = x[i] * factor + 128.5f;
+      // NaN, of weights that hold NaN or inf, is no number that could be converted.
+      to[i] = uint8_t(int32_t(shifted == shifted ? shifted : 128.5f) - 128 + kOffset);
+    }
   }
 
  private:
@@ -477,8 +481,10 @@ class Source {
   // states: [tokens, stride], of which the first numbers are `Heads::both`. Values stay where they are, and products
   // read up to kPanel numbers beyond them.
   void read(const Team& team, const float* states, Index stride) {
-    values_ = states + heads_.keys();
-    stride_ = stride;
+    if (team.rank == 0) {
+      values_ = states + heads_.keys();
+      stride_ = stride;
+    }
     const auto [first, last] = team.part(tokens());
     for (Index token = first; token < last; ++token)
       for (Index head = 0; head < heads_.count; ++head) {
@@ -527,6 +533,13 @@ struct Sizes {
   Index int8;  // whether products with weights are computed in 8 bits
   Activation activation;
   float eps, encoder_scale, decoder_scale;
+
+  // Throws std::length_error.
+  void check() const {
+    for (Index size : {d_model, source_vocabulary, vocabulary, encoder_layers, encoder_heads, encoder_ffn,
+                       decoder_layers, decoder_heads, decoder_ffn, encoder_d_k, encoder_d_v, decoder_d_k, decoder_d_v})
+      if (size < 1) throw std::length_error("a size of the network is " + std::to_string(size));
+  }
 };
 
 // A matrix or vector of weights, shared with native_vanilla_transformer.py.
@@ -602,6 +615,7 @@ struct Network {
       : sizes(given),
         encoder_heads{given.encoder_heads, given.encoder_d_k, given.encoder_d_v},
         decoder_heads{given.decoder_heads, given.decoder_d_k, given.decoder_d_v} {
+    sizes.check();
     Weights weights{first, first + count, sizes};
     for (Index i = 0; i < sizes.encoder_layers; ++i)
       encoder.emplace_back(weights, encoder_heads, sizes.d_model, sizes.encoder_ffn);
@@ -614,6 +628,7 @@ struct Network {
     project = std::make_unique<Linear>(weights.linear(sizes.vocabulary, sizes.d_model));
     encoder_embedding = weights.take(sizes.source_vocabulary * sizes.d_model);
     decoder_embedding = weights.take(sizes.vocabulary * sizes.d_model);
+    if (weights.next != weights.end) throw std::length_error("there are more weights than the sizes ask for");
   }
 };
 
@@ -784,6 +799,10 @@ struct Job {
                                   "; ids go from 0 to " + std::to_string(vocabulary - 1));
     };
     demand(sentences > 0, "there are no sentences");
+    demand(threads > 0, "there are no threads");
+    demand(eos_count >= 0, "there are fewer than no ids that end a sentence");
+    // Rows of a step are counted in 32 bits.
+    demand(beams >= 0 && beams <= std::numeric_limits<int32_t>::max() / sentences, "there are too many beams");
     demand(prefix_length > 0 && prefix_length < max_length, "the prefix leaves no room below max_length");
     demand(returned > 0 && returned <= std::max<Index>(1, beams), "more outputs are asked for than there are beams");
     demand(source_starts[0] == 0, "the source does not begin at 0");
@@ -1182,7 +1201,10 @@ class Search {
 
 // No exception leaves the program. What went wrong is kept for the thread that asked.
 enum Outcome : Index { kDone, kInterrupted, kNoMemory, kNoThread, kOutOfRange, kOther };
-thread_local std::string message;
+thread_local char message[256];
+
+// Without an allocation, which might fail too.
+void keep(const std::exception& error) { std::strncpy(message, error.what(), sizeof(message) - 1); }
 
 template <class Run>
 Outcome outcome(Run run) {
@@ -1194,13 +1216,13 @@ Outcome outcome(Run run) {
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   } catch (const std::system_error& error) {
-    message = error.what();
+    keep(error);
     return kNoThread;
   } catch (const std::out_of_range& error) {
-    message = error.what();
+    keep(error);
     return kOutOfRange;
   } catch (const std::exception& error) {
-    message = error.what();
+    keep(error);
     return kOther;
   }
 }
@@ -1225,7 +1247,7 @@ Index vt_search(const void* network, const Job* job) {
   });
 }
 
-const char* vt_message() { return message.c_str(); }
+const char* vt_message() { return message; }
 
 // The size of each structure and where its fields lie: Python compares it with its own.
 #define FIELD(name) offsetof(Structure, name)

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
 
     from vanilla_transformer.training.data import read_lines
 
-    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     refuse_impossible(arguments, processes.num_processes)
     total = None
     if processes.is_main_process and os.path.isfile(arguments.input):

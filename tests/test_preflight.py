@@ -276,6 +276,22 @@ def test_what_is_hardly_meant_is_a_warning_that_names_the_field(prepare, argv, m
     assert re.search(message, "\n".join(texts(findings, "warning"))), findings
 
 
+@pytest.mark.parametrize(
+    ("bf16", "factor", "verdict"), [("true", 24, "warning"), ("true", 0.6, "ok"), ("false", 24, None)]
+)
+def test_bfloat16_that_is_slower_than_float32_is_a_warning(prepare, monkeypatch, bf16, factor, verdict):
+    monkeypatch.setattr(preflight, "time_product", lambda *sizes, bf16: factor if bf16 else 1)
+    found = [finding for finding in plan_findings(prepare("--bf16", bf16)) if finding.topic == "precision"]
+    assert [finding.verdict for finding in found] == ([verdict] if verdict else [])
+    assert all(f"takes {factor} times as long in bfloat16 as in float32" in finding.text for finding in found)
+
+
+def test_timing_products_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    assert preflight.time_product(8, 16, 32, torch.device("cpu"), bf16=True) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_more_checkpoints_than_the_disk_holds_are_an_error(prepare):
     many = ["--max_steps", str(10**12), "--save_steps", "1", "--eval_steps", "1", "--save_total_limit", str(10**9)]
     (found,) = texts(plan_findings(prepare(*many)), "error")

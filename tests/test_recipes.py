@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
+from vanilla_transformer.training import arguments
 from vanilla_transformer.training.arguments import (
     LIMITS,
     RECIPES,
@@ -87,6 +88,27 @@ def test_what_was_given_is_a_recipe_that_gives_the_same(tmp_path):
     assert again[:4] == first[:4]
     # The arguments of a run hold its start time among others; what can be written down must be equal.
     assert json.loads(again.training.to_json_string()) == json.loads(first.training.to_json_string())
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_auto_is_what_the_machine_has_instructions_for(fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "is_native", lambda compute_type, device: fast)
+    for recipe in ("multi30k_en_de_tiny.yaml", "multi30k_en_de_rdrop.yaml"):
+        told = parse_recipe([recipe, "--use_cpu", "--output_dir", str(tmp_path)])
+        assert told.training.bf16 is told.given["bf16"] is fast  # the run's own recipe says which it was
+    for word in ("true", "false"):
+        told = parse_recipe([recipe, "--bf16", word, "--output_dir", str(tmp_path)])
+        assert told.training.bf16 is (word == "true")
+
+
+@pytest.mark.parametrize("began", [True, False])
+@pytest.mark.parametrize("resume", ["last", "{run}/checkpoint-7"])
+def test_bf16_auto_of_a_run_that_is_resumed_is_what_it_began_with(began, resume, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "is_native", lambda compute_type, device: not began)
+    argv = ["multi30k_en_de_tiny.yaml", "--use_cpu", "--output_dir", str(tmp_path)]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"bf16": began, "max_steps": 9}))
+    told = parse_recipe([*argv, "--resume_from_checkpoint", resume.format(run=tmp_path)])
+    assert told.training.bf16 is told.given["bf16"] is began
 
 
 def test_model_arguments_are_fields_of_the_config():

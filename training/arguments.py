@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -16,9 +17,15 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
+from transformers.utils import is_torch_bf16_gpu_available
 
+from vanilla_transformer.inference_vanilla_transformer import is_native
+
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -423,13 +430,19 @@ def parse_recipe(argv: list[str]) -> Recipe:
     variant, argv = before.parse_known_args(argv)
     groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
     usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
-    parser = HfArgumentParser(groups, parents=[before], usage=usage)
+    parser = HfArgumentParser(groups, parents=[before], usage=usage, conflict_handler="resolve")
+    # transformers' own knows true and false.
+    help_bf16 = "mixed precision in bfloat16: true, false, or auto (true where the machine has instructions for it)"
+    parser.add_argument("--bf16", type=_true_false_or_auto, nargs="?", const=True, default=False, help=help_bf16)
     defaults = vars(parser.parse_args([]))
     if argv and not argv[0].startswith("-"):
         parser.set_defaults(**read_recipe(argv.pop(0), variant.variant, set(defaults)))
     elif variant.variant:
         raise RecipeError(f"--variant {variant.variant} needs a recipe that has it, as the first argument")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != defaults[name]}
+    if given.get("bf16") == "auto":
+        given["bf16"] = resolve_bf16(parser.parse_args(argv))
+        argv = [*argv, "--bf16", str(given["bf16"])]
     try:
         model, tokenizer, data, decoding, training, _ = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False
@@ -455,6 +468,31 @@ def parse_recipe(argv: list[str]) -> Recipe:
             "set bpe_dropout to 0, or tokenizer_model to bpe"
         )
     return Recipe(model, tokenizer, data, decoding, training, given)
+
+
+def _true_false_or_auto(value: str) -> bool | str:
+    return value if value == "auto" else string_to_bool(value)
+
+
+def resolve_bf16(arguments: argparse.Namespace) -> bool:
+    """
+    What `bf16: auto` means: for a run that is resumed what it began with, else whether the machine that trains has
+    instructions for bfloat16.
+    """
+    if asked := arguments.resume_from_checkpoint:
+        run = Path(arguments.output_dir or "") if asked == "last" else Path(asked).parent
+        if (run / "recipe.yaml").is_file():
+            began = bool(read_recipe(str(run / "recipe.yaml"), None, set(vars(arguments))).get("bf16"))
+            logger.info("bf16=auto is %s, as this run began", began)
+            return began
+    if arguments.use_cpu or not torch.accelerator.is_available():
+        fast = is_native("bfloat16", torch.device("cpu"))
+    elif torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = is_torch_bf16_gpu_available()
+    logger.info("bf16=auto is %s: this machine has %s for bfloat16", fast, "instructions" if fast else "none")
+    return fast
 
 
 def _check_streaming(data: DataArguments, training: TrainingArguments) -> None:

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -64,13 +65,13 @@ class EvaluationArguments:
 
 def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A saved model, ready to translate on the GPU if there is one, and its tokenizer.
+    A saved model, ready to translate on the device that accelerate chooses, and its tokenizer.
 
     Raises:
         UserError: as `read_model` does.
     """
     model, tokenizer = read_model(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to(PartialState().device).eval(), tokenizer
 
 
 def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

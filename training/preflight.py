@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.trainer_utils import IntervalStrategy
 
 from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
+from vanilla_transformer.operations_vanilla_transformer import linear
 
 from .arguments import Recipe, TrainingArguments, UserError
 from .batching import TokenBudgetBatches, batch_sizes, token_budget
@@ -55,6 +56,9 @@ MANY_UNKNOWN, TOO_MANY_UNKNOWN = 0.01, 0.2
 MANY_LEFT_OUT = 0.05
 MUCH_PADDING = 0.2
 NEARLY_FULL = 0.9
+# bfloat16 is timed on no more rows than tell: where it is emulated, they take long.
+MOST_TIMED = 256
+MUCH_SLOWER = 1.3
 
 Lengths = dict[str, np.ndarray]
 
@@ -384,6 +388,7 @@ def check_plan(run: Run, trainer: TranslationTrainer) -> list[Finding]:
     plan = make_plan(run, trainer)
     logger.info("%s", plan)
     findings = [*check_batches(run, plan), *check_schedule(run, plan), *check_disk(run, plan)]
+    findings += check_precision(run, trainer.args.device)
     # A sharded model takes its share of every process's memory: only the updates can tell.
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         findings += check_memory(run.model, trainer.args.device)
@@ -498,6 +503,44 @@ def optimizer_bytes(model: PreTrainedModel) -> int:
     return 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
+def check_precision(run: Run, device: torch.device) -> Iterator[Finding]:
+    """Whether bfloat16 is slower than float32 here: without instructions for it, it is many times slower."""
+    args, config = run.recipe.training, run.model.config
+    if not args.bf16:
+        return
+    rows = min(MOST_TIMED, args.per_device_train_batch_tokens)
+    seconds = [time_product(rows, config.d_model, config.encoder_ffn_dim, device, bf16=bf16) for bf16 in (False, True)]
+    factor = seconds[1] / seconds[0]
+    said = f"a feed-forward product of {rows} rows takes {factor:.2g} times as long in bfloat16 as in float32"
+    yield (
+        ok("precision", said)
+        if factor < MUCH_SLOWER
+        else warning("precision", f"bf16=true is slow on {machine()}: {said}: set it to false, or to auto")
+    )
+
+
+def time_product(rows: int, inputs: int, outputs: int, device: torch.device, bf16: bool) -> float:
+    """Seconds that a product of the network takes with its gradients, at best of three."""
+    # No random numbers: the run must draw as if nobody had looked.
+    states, weight, bias = (
+        torch.ones(shape, device=device, requires_grad=True) for shape in ((rows, inputs), (outputs, inputs), outputs)
+    )
+    seconds = []
+    for _ in range(3):
+        start = now()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            linear(states, weight, bias).sum().backward()
+        seconds.append(now() - start)
+    return min(seconds)
+
+
+def now() -> float:
+    """The time once the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def check_memory(model: PreTrainedModel, device: torch.device) -> Iterator[Finding]:
     """Whether weights, gradients and the optimizer's state fit at all."""
     weights, state = model.get_memory_footprint(return_buffers=False), optimizer_bytes(model)
@@ -516,8 +559,15 @@ def check_memory(model: PreTrainedModel, device: torch.device) -> Iterator[Findi
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory of a GPU, or of the machine."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+    """Bytes of memory of an accelerator that has its own, or of the machine."""
+    counts = memory_counts(device)
+    return counts.mem_get_info(device)[1] if counts else psutil.virtual_memory().total
+
+
+def memory_counts(device: torch.device) -> Any:
+    """torch's module for a device that counts memory of its own (CUDA, XPU); None where it is the machine's."""
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "mem_get_info") else None
 
 
 # What only real updates tell.
@@ -529,17 +579,11 @@ class Stopwatch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts."""
         self.resident = psutil.Process().memory_info().rss
-        self.ends = [self.now()]
+        self.ends = [now()]
 
     def on_step_end(self, args, state, control, **kwargs):
         """Notes one."""
-        self.ends.append(self.now())
-
-    def now(self) -> float:
-        """The time once the device has done what it was given."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+        self.ends.append(now())
 
     def seconds(self) -> list[float]:
         """How long each update took, its batch's making included."""
@@ -584,8 +628,8 @@ def measure(run: Run, trainer: TranslationTrainer) -> list[Finding]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stopwatch := Stopwatch())
     args.max_steps = 1 + TIMED
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if counts := memory_counts(args.device):
+        counts.reset_peak_memory_stats()
     try:
         trainer.train()
         evaluation = time_evaluation(trainer) if occasions(run.recipe.training, "eval", plan) else 0.0
@@ -639,8 +683,8 @@ def tell_memory(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch) -> 
     device = trainer.args.device
     state = sum(value.nbytes for entry in trainer.optimizer.state.values() for value in entry.values())
     gradients = sum(parameter.nbytes for parameter in run.model.parameters() if parameter.requires_grad)
-    if device.type == "cuda":
-        peak, before = torch.cuda.max_memory_allocated(device), run.model.get_memory_footprint()
+    if counts := memory_counts(device):
+        peak, before = counts.max_memory_allocated(device), run.model.get_memory_footprint()
     else:
         peak, before = peak_resident(), stopwatch.resident
     activations = max(peak - before - state - gradients, 0)

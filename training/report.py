@@ -48,9 +48,12 @@ def to_disk(file: IO) -> None:
 
 
 def machine() -> str:
-    """The hardware in words: the GPU's name, or the processor and its threads."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    """The hardware in words: the accelerator's name, or the processor and its threads."""
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+        device = torch.get_device_module(kind)
+        name = device.get_device_name() if hasattr(device, "get_device_name") else kind.upper()  # MPS has none
+        return f"{torch.accelerator.device_count()} x {name}"
     threads = torch.get_num_threads()
     return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader
@@ -222,7 +223,7 @@ class TranslationTrainer(ResumableTrainer):
         loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         generation_config.__dict__ = told
         count = inputs["labels"].ne(IGNORE_INDEX).sum()
-        self._nll_and_count += torch.stack([loss.double() * count, count.double()])
+        self._nll_and_count += torch.tensor([float(loss) * int(count), int(count)], dtype=torch.float64)
         if self.args.world_size > 1 and tokens is not None:
             # Batches of a token budget differ in their rows, and only equal shapes can be gathered.
             tokens, labels = self.accelerator.pad_across_processes((tokens, labels), dim=0, pad_index=IGNORE_INDEX)
@@ -230,11 +231,11 @@ class TranslationTrainer(ResumableTrainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """The stock loop, with the loss of the whole set in place of its own average."""
-        self._nll_and_count = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._nll_and_count = torch.zeros(2, dtype=torch.float64)  # on the CPU: MPS has no float64
         output: EvalLoopOutput = super().evaluation_loop(
             dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
-        nll, count = self.accelerator.reduce(self._nll_and_count, reduction="sum").tolist()
+        nll, count = torch.stack(gather_object([self._nll_and_count])).sum(dim=0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = nll / count
         # torch's: of a loss above 709 it is infinite, where math's is an error.
         output.metrics[f"{metric_key_prefix}_perplexity"] = torch.tensor(nll / count, dtype=torch.float64).exp().item()

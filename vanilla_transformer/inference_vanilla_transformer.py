@@ -77,7 +77,7 @@ def pack_linear(
 
 
 def is_native(compute_type: str, device: torch.device) -> bool:
-    """Whether this machine has instructions for products in this type: without them, float32 is the fastest right way."""
+    """Whether this machine has instructions for products in this type: without them, float32 is fastest."""
     if device.type != "cpu":
         return compute_type != "int8"
     if compute_type == "int8":
@@ -95,14 +95,14 @@ def is_native(compute_type: str, device: torch.device) -> bool:
 def _rounded(weight: torch.Tensor, compute_type: str) -> torch.Tensor:
     """The float32 weights with the precision of another type."""
     if compute_type == "int8":
-        scales = _scales(weight)[:, None].float()
+        scales = _scales(weight)[:, None]
         return (weight / scales).round_().mul_(scales)
     return weight.to(getattr(torch, compute_type)).float()
 
 
 def _scales(weight: torch.Tensor) -> torch.Tensor:
     """What a step of 8 bits is worth for each output, `[out]`."""
-    return weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
+    return weight.abs().amax(dim=1).clamp(min=1e-12) / 127
 
 
 def _float32_linear(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool) -> _Linear:
@@ -149,7 +149,7 @@ def _packed_in_8_bits(weight: torch.Tensor) -> Any:
     with warnings.catch_warnings(), _packing_by_fbgemm():
         warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
         zeros = torch.zeros(len(weight), dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, _scales(weight), zeros, 0, torch.qint8)
+        quantized = torch.quantize_per_channel(weight, _scales(weight).double(), zeros, 0, torch.qint8)
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 

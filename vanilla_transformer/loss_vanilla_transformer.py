@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from .operations_vanilla_transformer import linear
+from .operations_vanilla_transformer import linear, weight_gradient
 
 
 IGNORE_INDEX = -100
@@ -109,23 +109,24 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide)
         grad_bias = torch.zeros_like(bias, dtype=wide)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            # 1. p and what follows from it
+            # 1. p, times its row's sum, and what follows from it
             matrix, offset = weight.to(dtype), bias.to(dtype)
+            mean_logit = hidden_states.to(wide) @ weight.to(wide).mean(dim=0) + bias.to(wide).mean()  # [N]
             for start in range(0, len(labels), CHUNK):
                 rows = slice(start, start + CHUNK)
                 states = hidden_states[rows].to(dtype)
                 logits = linear(states, matrix, offset).to(wide)  # [n, V]
                 target_logits = (1 - smoothing) * logits.gather(1, true[rows, None])
-                target_logits += smoothing * logits.mean(dim=1, keepdim=True)
+                target_logits += smoothing * mean_logit[rows, None]
                 highest = logits.amax(dim=1, keepdim=True)
                 p = logits.sub_(highest).exp_()
-                normalizer = p.sum(dim=1, keepdim=True)
-                total += ((highest + normalizer.log() - target_logits) * kept[rows]).sum()
-                p.mul_(kept[rows] / normalizer)
-                grad_bias += p.sum(dim=0)
+                sums = p.sum(dim=1, keepdim=True)
+                total += ((highest + sums.log() - target_logits) * kept[rows]).sum()
+                scale = kept[rows] / sums  # by which p is too large: cheaper to apply to d_model than to V columns
+                grad_bias.addmv_(p.T, scale[:, 0])
                 p = p.to(dtype)
-                grad_hidden[rows] = linear(p, matrix.T).to(wide)
-                grad_weight += linear(p.T, states.T)
+                grad_hidden[rows] = linear(p, matrix.T).to(wide) * scale
+                weight_gradient(p, (states * scale).to(dtype), total=grad_weight)
             # 2. minus the target: 1 - smoothing on the true token, and a little on every one
             even = smoothing / len(bias)
             states = hidden_states.to(wide) * kept

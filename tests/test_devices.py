@@ -5,7 +5,7 @@ import torch
 from accelerate import PartialState
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training import preflight, report
+from vanilla_transformer.training import machine, preflight
 from vanilla_transformer.training.evaluate import load_model
 
 
@@ -41,4 +41,4 @@ def test_a_card_names_the_accelerator(kind, words, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Some Card")
-    assert report.machine() == words
+    assert machine.machine() == words

@@ -1,15 +1,19 @@
 """model_cards/: the Hub's own parser reads them, and they claim no figure that was not measured."""
 
 import json
+import os
+import platform
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer.training.arguments import RECIPES, parse_recipe
+from vanilla_transformer.training.machine import processor
 from vanilla_transformer.training.metrics import TranslationMetrics
 from vanilla_transformer.training.report import METRICS, CardError, model_card, read_card
 
@@ -141,3 +145,35 @@ def test_a_runs_card_claims_what_its_metrics_hold_in_the_hubs_codes(languages, c
     assert data.language == codes
     assert data.get("language_bcp47") == tags
     assert ModelCard.load(path).data.eval_results[0].metric_value == round(scores["bleu"], 2)
+
+
+class TestTheMachineInWords:
+    @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="compared with Linux's own list")
+    def test_it_has_the_instruction_sets_that_linux_lists(self):
+        words = {"avx2": "AVX2", "avx512bw": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "VNNI", "amx_tile": "AMX"}
+        words |= {"asimddp": "dot products", "i8mm": "i8mm", "bf16": "bfloat16", "avx512_bf16": "bfloat16"}
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        has, _, _ = processor().split(": ")[1].partition("no ")
+        assert {word for flag, word in words.items() if flag in flags} == set(words.values()) & set(
+            re.findall("[^,;( ][^,;(]*", has)
+        )
+
+    @pytest.mark.parametrize(
+        ("architecture", "capabilities", "sets"),
+        [
+            ("x86_64", ["avx2", "fma3"], "AVX2, FMA; no AVX-512, VNNI, bfloat16, AMX"),
+            ("x86_64", ["avx2", "fma3", "avx_vnni"], "AVX2, FMA, VNNI; no AVX-512, bfloat16, AMX"),
+            ("x86_64", [], "no AVX2, FMA, AVX-512, VNNI, bfloat16, AMX"),
+            ("aarch64", ["neon", "dot", "i8mm", "bf16", "sve"], "NEON, dot products, i8mm, bfloat16, SVE"),
+            ("arm64", ["neon"], "NEON; no dot products, i8mm, bfloat16, SVE"),
+        ],
+    )
+    def test_any_processor_has_words(self, architecture, capabilities, sets, monkeypatch):
+        found = {"cpu_name": "Some CPU", **dict.fromkeys(capabilities, True)}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+        monkeypatch.setattr(platform, "machine", lambda: architecture)
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+        monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+        assert re.fullmatch(rf"Some CPU(?: \(family \d+\))?, 1 core: {re.escape(sets)}", processor())
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+        assert processor().endswith("(torch is told to use avx2 only)")

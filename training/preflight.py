@@ -39,7 +39,7 @@ from .arguments import Recipe, TrainingArguments, UserError
 from .batching import TokenBudgetBatches, batch_sizes, token_budget
 from .bpe_dropout import BpeDropoutRows
 from .data import tokenize_pairs
-from .report import machine
+from .machine import machine
 from .trainer import TranslationTrainer
 
 

@@ -1,7 +1,6 @@
 """What a run leaves for people: its scores, its loss curve, and its model card; and the picture of an alignment."""
 
 import os
-import platform
 import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -45,17 +44,6 @@ def to_disk(file: IO) -> None:
     """Returns when what was written to an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def machine() -> str:
-    """The hardware in words: the accelerator's name, or the processor and its threads."""
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
-        device = torch.get_device_module(kind)
-        name = device.get_device_name() if hasattr(device, "get_device_name") else kind.upper()  # MPS has none
-        return f"{torch.accelerator.device_count()} x {name}"
-    threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"
 
 
 def language_name(code: str) -> str:

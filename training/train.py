@@ -32,9 +32,10 @@ from .data import DataError, language_pair, load_pairs, tokenize_pairs, training
 from .evaluate import format_scores, load_model, load_tokenizer, read_model, score_texts, translate
 from .filters import FilterReport
 from .hub import HubError
+from .machine import machine
 from .memory import hold_memory
 from .preflight import Run, check_inputs, check_plan, rehearse, require
-from .report import draw_loss_curve, machine, model_card, write_beside
+from .report import draw_loss_curve, model_card, write_beside
 from .streaming import VOCABULARY_ROWS, StreamedBatches, open_stream
 from .trainer import TranslationTrainer, callbacks, score_translations
 

@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--compute_type", choices=("float32", "bfloat16", "int8"), help="type to compute in (default: the model's own)"
     )
     parser.add_argument(
-        "--compiled", action="store_true", default=None, help="by the compiled program: float32 or int8, on a CPU"
+        "--compiled", action="store_true", default=None, help="refuse to go on without the compiled program"
     )
     return parser.parse_args(argv)
 

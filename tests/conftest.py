@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer import generation_vanilla_transformer as generation
 from vanilla_transformer import program_vanilla_transformer as program
+from vanilla_transformer.training.machine import processor
 
 
 # transformers' own tests are downloaded: `make conformance` puts them on the path, and only then are they collected.
@@ -29,6 +30,11 @@ TINY = {
     "decoder_ffn_dim": 32,
     "max_position_embeddings": 48,
 }
+
+
+def pytest_report_header() -> str:
+    """The first line of a test run says on what it ran."""
+    return f"processor: {processor()}"
 
 
 @pytest.fixture(autouse=True)

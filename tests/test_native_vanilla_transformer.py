@@ -1,6 +1,10 @@
 """The compiled program itself. tests/test_search_vanilla_transformer.py runs all searches through it."""
 
 import multiprocessing
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -241,3 +245,39 @@ def test_wrong_arguments_are_errors(lively_model, source, options, told):
         source = {}
     with pytest.raises((ValueError, IndexError), match=told):
         lively_model().generate(**source, **options, max_new_tokens=4, compiled=True)
+
+
+# Long enough for a signal to come in the middle: some minutes.
+ENDLESS = """
+import signal, sys, threading, time, torch
+from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
+model = VanillaTransformerForConditionalGeneration(VanillaTransformerConfig(vocab_size=4000)).eval()
+model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, compiled=True)
+ticks = []
+threading.Thread(target=lambda: [(ticks.append(1), time.sleep(0.01)) for _ in range(100)], daemon=True).start()
+print("begins", flush=True)
+try:
+    model.generate(torch.ones(64, 64, dtype=torch.long), min_new_tokens=4000, max_new_tokens=4000, compiled=True)
+except KeyboardInterrupt:
+    print("interrupted", len(ticks) > 5, flush=True)
+"""
+
+
+def test_ctrl_c_ends_a_search_and_other_threads_run_meanwhile():
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(2.0)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=120)[0] == "interrupted True\n"
+    finally:
+        process.kill()
+
+
+def test_what_does_not_fit_into_memory_is_an_error(lively_model, source, monkeypatch):
+    """The program asks for more than there is: the error is Python's, and the next search works."""
+    model = lively_model()
+    expected = model.generate(**source, compiled=True, max_new_tokens=4)
+    with pytest.raises(MemoryError, match="smaller batch"):
+        model.generate(**source, compiled=True, num_beams=2**20, max_length=2**19)
+    assert torch.equal(model.generate(**source, compiled=True, max_new_tokens=4), expected)

@@ -27,6 +27,7 @@ from transformers import (
 
 from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
 from vanilla_transformer.loading_vanilla_transformer import refuse_lost_weights, refuse_other_tokenizer
+from vanilla_transformer.program_vanilla_transformer import load_if_possible
 
 from .arguments import DataArguments, UserError, check_bleu_tokenizer, check_numbers, run_program
 from .batching import batch_sizes
@@ -71,7 +72,10 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         UserError: as `read_model` does.
     """
     model, tokenizer = read_model(folder)
-    return model.to(PartialState().device).eval(), tokenizer
+    model = model.to(PartialState().device).eval()
+    if model.device.type == "cpu":
+        load_if_possible()
+    return model, tokenizer
 
 
 def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

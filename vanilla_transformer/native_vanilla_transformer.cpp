@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -64,6 +65,9 @@ constexpr float kNever = -1.0e9f;  // as transformers has it: the score of what 
 
 // ---- Threads -------------------------------------------------------------------------------------------------------
 
+using Clock = std::chrono::steady_clock;
+using Seconds = std::chrono::duration<double>;
+
 // Where the threads of a search wait for each other. A short wait spins. A longer one sleeps: where another program keeps
 // a core busy, a thread that waits must leave its own core to the thread that works.
 class Meeting {
@@ -98,9 +102,8 @@ class Meeting {
     if (abandoned_.load(std::memory_order_relaxed)) throw Abandoned();
   }
 
-  // Measured on two cores, idle and beside a busy process: below 20 us idle cores lose, above 200 us the others wait.
+  // Longer than threads with a core each wait for each other, and much shorter than the turn of another process.
   void spin(int turn) const {
-    using Clock = std::chrono::steady_clock;
     const auto end = Clock::now() + std::chrono::microseconds(50);
     do {
       for (int i = 0; i < 64; ++i)
@@ -126,35 +129,76 @@ struct Team {
   }
 };
 
-// `run(team)` on so many threads, of which the caller's is the first. Throws what the first thread that fails throws.
-template <class Run>
-void together(Index threads, Run run) {
-  const int size = int(std::max<Index>(1, threads));
-  Meeting meeting(size);
-  std::exception_ptr failure;
-  std::atomic<bool> failed{false};
-  const auto fail = [&] {
-    if (!failed.exchange(true)) failure = std::current_exception();
-    meeting.abandon();
-  };
-  const auto work = [&](int rank) {
+// Seconds that this thread has had a core.
+double core_seconds() {
+  timespec spent{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
+  return double(spent.tv_sec) + 1e-9 * double(spent.tv_nsec);
+}
+
+// Runs a search in pieces of some milliseconds, each by the threads that then have cores. Where another process keeps a
+// core busy, threads that share what is left wait for each other, and are slower together than one of them alone.
+class Crew {
+ public:
+  explicit Crew(Index threads) : all_(std::max<Index>(1, threads)) {}
+
+  // How long a piece should last. What starts and ends it takes 0.1 ms.
+  static constexpr std::chrono::milliseconds kPiece{20};
+
+  // `run(team)` by all threads, of which the caller's is the first. Throws what the first thread that fails throws.
+  template <class Run>
+  void together(Run run) {
+    const int size = int(std::min(all_, allowed()));
+    Meeting meeting(size);
+    std::exception_ptr failure;
+    std::atomic<bool> failed{false};
+    std::atomic<double> worked{0.0};
+    const auto fail = [&] {
+      if (!failed.exchange(true)) failure = std::current_exception();
+      meeting.abandon();
+    };
+    const auto work = [&](int rank) {
+      const double before = core_seconds();
+      try {
+        run(Team{rank, size, meeting});
+      } catch (const Meeting::Abandoned&) {
+      } catch (...) {
+        fail();
+      }
+      worked.fetch_add(core_seconds() - before);
+    };
+    std::vector<std::thread> others;
+    const auto begin = Clock::now();
     try {
-      run(Team{rank, size, meeting});
-    } catch (const Meeting::Abandoned&) {
-    } catch (...) {
+      for (int rank = 1; rank < size; ++rank) others.emplace_back(work, rank);
+      work(0);
+    } catch (...) {  // a thread could not be started
       fail();
     }
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int rank = 1; rank < size; ++rank) others.emplace_back(work, rank);
-    work(0);
-  } catch (...) {  // a thread could not be started
-    fail();
+    for (std::thread& other : others) other.join();
+    if (failure) std::rethrow_exception(failure);
+    judge(size, Seconds(Clock::now() - begin).count(), worked);
   }
-  for (std::thread& other : others) other.join();
-  if (failure) std::rethrow_exception(failure);
-}
+
+ private:
+  // After a second with fewer threads one more is tried.
+  Index allowed() const {
+    return limit_.load(std::memory_order_relaxed) + (Clock::now().time_since_epoch().count() > until_.load());
+  }
+
+  // Threads that have a core each work for nearly all of the time; a wait between two parts of the work is short.
+  void judge(Index size, double seconds, double worked) {
+    if (seconds < 0.25 * Seconds(kPiece).count()) return;
+    const bool crowded = size > 1 && worked < 0.75 * double(size) * seconds;
+    if (crowded || size > limit_) limit_ = std::max<Index>(1, size - crowded);
+    if (crowded) until_ = (Clock::now() + std::chrono::seconds(1)).time_since_epoch().count();
+  }
+
+  const Index all_;
+  // For all searches of the process.
+  static inline std::atomic<Index> limit_{std::numeric_limits<int>::max()};
+  static inline std::atomic<Clock::rep> until_{0};
+};
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
@@ -820,35 +864,18 @@ struct Job {
 
 struct Interrupted {};
 
-// The caller's Python interpreter, released while a search runs.
-class Interpreter {
+// The caller's Python interpreter, released for the life of the object.
+class ReleasedInterpreter {
  public:
-  explicit Interpreter(const Job& job) : job_(job) { release(); }
-  ~Interpreter() { take(); }
-
-  // By the caller's thread. Throws Interrupted.
-  void check_signals() {
-    const auto now = Clock::now();
-    if (!job_.check_signals || now < next_) return;
-    next_ = now + kInterval;
-    take();
-    const bool interrupted = job_.check_signals();
-    release();
-    if (interrupted) throw Interrupted();
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::milliseconds kInterval{50};
-
-  void release() { state_ = job_.release_interpreter ? job_.release_interpreter() : nullptr; }
-  void take() {
+  explicit ReleasedInterpreter(const Job& job)
+      : job_(job), state_(job.release_interpreter ? job.release_interpreter() : nullptr) {}
+  ~ReleasedInterpreter() {
     if (job_.take_interpreter) job_.take_interpreter(state_);
   }
 
+ private:
   const Job& job_;
-  void* state_ = nullptr;
-  Clock::time_point next_ = Clock::now() + kInterval;
+  void* state_;
 };
 
 struct Candidate {
@@ -887,8 +914,8 @@ struct Sentence {
 
 class Search {
  public:
-  Search(const Network& network, const Job& job, Interpreter& interpreter)
-      : network_(network), job_(job), interpreter_(interpreter), width_(std::max<Index>(1, job.beams)),
+  Search(const Network& network, const Job& job)
+      : network_(network), job_(job), width_(std::max<Index>(1, job.beams)),
         k_(job.beams ? std::max<Index>(2, 1 + job.eos_count) * width_ : 1),
         source_(network.encoder_heads, job.source_starts, job.sentences) {
     for (const DecoderLayer& layer [[maybe_unused]] : network.decoder)
@@ -923,14 +950,20 @@ class Search {
     cross_states_ = buffer(tokens * network.decoder.size() * network.decoder_heads.both() + kPanel);
   }
 
+  bool done() const { return active_.empty(); }
+
+  // Goes on for about as long as a piece of a crew's work. All threads stop at the same place.
   void run(const Team& team) {
-    encode(team);
-    while (!active_.empty()) {
-      if (team.rank == 0) interpreter_.check_signals();
+    const auto end = Clock::now() + Crew::kPiece;
+    if (!decoder_) encode(team);
+    do {
       const bool in_prefix = position_ + 1 < job_.prefix_length;
       decode(team);
       if (in_prefix) {
-        if (team.rank == 0) read_prefix();
+        if (team.rank == 0) {
+          read_prefix();
+          paused_ = Clock::now() > end;
+        }
         team.wait();
         continue;
       }
@@ -945,9 +978,13 @@ class Search {
         job_.beams ? grow(sentences_[active_[s]]) : choose(sentences_[active_[s]]);
       }
       team.wait();
-      if (team.rank == 0) advance();
+      if (team.rank == 0) {
+        advance();
+        paused_ = Clock::now() > end;
+      }
       team.wait();
-    }
+    } while (!paused_ && !done());
+    if (!done()) return;
     const auto [first, last] = team.part(job_.sentences);
     for (Index s = first; s < last; ++s) tell(sentences_[s]);
   }
@@ -1181,7 +1218,6 @@ class Search {
 
   const Network& network_;
   const Job& job_;
-  Interpreter& interpreter_;
   const Index width_, k_;
   Source source_;              // for the encoder's layers, one after the other
   std::vector<Source> cross_;  // for each layer of the decoder
@@ -1192,6 +1228,7 @@ class Search {
   std::vector<Sentence> sentences_;
   std::vector<Index> active_;                        // sentences that are not done
   Index position_ = 0;                               // of the tokens that are read next
+  bool paused_ = false;
   std::vector<Step> steps_;
   std::vector<int32_t> ancestors_, next_ancestors_;  // [rows, max_length]: a row's own rows in the caches before
   std::vector<std::vector<Candidate>> best_;         // of each row
@@ -1241,9 +1278,15 @@ Index vt_search(const void* network, const Job* job) {
   return outcome([&] {
     const Network& searched = *static_cast<const Network*>(network);
     job->check(searched.sizes);
-    Interpreter interpreter(*job);
-    Search search(searched, *job, interpreter);
-    together(job->threads, [&](const Team& team) { search.run(team); });
+    Search search(searched, *job);
+    Crew crew(job->threads);
+    while (!search.done()) {
+      {
+        const ReleasedInterpreter released(*job);
+        crew.together([&](const Team& team) { search.run(team); });
+      }
+      if (job->check_signals && job->check_signals()) throw Interrupted();
+    }
   });
 }
 

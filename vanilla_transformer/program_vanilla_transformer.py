@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,12 @@ def load_soon() -> ctypes.PyDLL | None:
     """
     future = _started()
     return future.result() if future.done() else None
+
+
+def load_if_possible() -> None:
+    """For programs that decode much: waits for the compiler. Where there is no program, `generate()` says so."""
+    with suppress(ProgramError):
+        load()
 
 
 def _started() -> Future:

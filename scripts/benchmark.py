@@ -239,7 +239,7 @@ def parse(argv: list[str]) -> Any:
 
 def about_this_run(options: argparse.Namespace, *packages: str) -> dict[str, Any]:
     """What a reader needs in order to repeat it. The machine and torch's version are printed."""
-    from vanilla_transformer.training.report import machine
+    from vanilla_transformer.training.machine import machine
 
     packages = ("vanilla-transformer", "torch", "transformers", "datasets", *packages)
     versions = {name: importlib.metadata.version(name) for name in packages}

@@ -102,18 +102,20 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, labels, smoothing, dtype):
         """Multiplies matrices in `dtype`, as autocast would, and does the rest in float32 or wider."""
         wide = _reduction_dtype(hidden_states)
-        kept = (labels != IGNORE_INDEX).to(wide)[:, None]  # [N, 1]
-        true = labels.clamp(min=0)
+        kept = labels != IGNORE_INDEX  # [N]
+        # Padding has no loss, so the rest is projected alone; on an accelerator, finding it would wait for the device.
+        on_cpu = hidden_states.device.type == "cpu"
+        counted = kept.nonzero()[:, 0] if on_cpu else torch.arange(len(labels), device=labels.device)
+        true, kept = labels.clamp(min=0), kept.to(wide)[:, None]
         total = hidden_states.new_zeros((), dtype=wide)
-        grad_hidden = torch.empty_like(hidden_states, dtype=wide)
+        grad_hidden = torch.zeros_like(hidden_states, dtype=wide)
         grad_weight = torch.zeros_like(weight, dtype=wide)
         grad_bias = torch.zeros_like(bias, dtype=wide)
         with torch.autocast(hidden_states.device.type, enabled=False):
             # 1. p, times its row's sum, and what follows from it
             matrix, offset = weight.to(dtype), bias.to(dtype)
             mean_logit = hidden_states.to(wide) @ weight.to(wide).mean(dim=0) + bias.to(wide).mean()  # [N]
-            for start in range(0, len(labels), CHUNK):
-                rows = slice(start, start + CHUNK)
+            for rows in counted.split(CHUNK):
                 states = hidden_states[rows].to(dtype)
                 logits = linear(states, matrix, offset).to(wide)  # [n, V]
                 target_logits = (1 - smoothing) * logits.gather(1, true[rows, None])

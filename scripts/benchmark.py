@@ -1,9 +1,10 @@
 """Measures this package against its peers on this machine: `python scripts/benchmark.py train`, or `decode`.
 
-`train` compares training with transformers' MarianMTModel under its stock Seq2SeqTrainer, at the same size. `decode`
-compares translating, on the CPU, with transformers' own search, with MarianMTModel and with CTranslate2. Contenders
-take turns, each in a process of its own, so that a machine whose speed varies treats them alike. Memory is read from
-/proc: Linux only. What is measured, and why so, is in docs/benchmarks.md.
+`train` compares training with transformers' MarianMTModel under its stock Seq2SeqTrainer and with Marian, the C++
+program, at the same size. `decode` compares translating, on the CPU, with transformers' own search, with MarianMTModel,
+with Marian and with CTranslate2. Contenders take turns, each in a process of its own, so that a machine whose speed
+varies treats them alike. Those that this machine lacks, or has no instructions for, are left out by name. Memory is
+read from /proc: Linux only. What is measured, and why so, is in docs/benchmarks.md.
 """
 
 import argparse
@@ -64,6 +65,8 @@ SHARED_SIZES = (
     "scale_embedding", "max_position_embeddings", "pad_token_id", "eos_token_id", "decoder_start_token_id",
 )  # fmt: skip
 MATMUL_SECONDS = 0.5
+# The program is not a package that scripts can ask for its progress: it logs each update.
+MARIAN_UPDATE = re.compile(r"Up\. (\d+) : Sen\. [\d,]+ : Cost \S+ \* ([\d,]+) @")
 
 # `decode`: width of the beam and sentences that are translated together.
 SEARCHES = {"1x1": (1, 1), "4x1": (4, 1), "4x16": (4, 16), "1x32": (1, 32), "4x64": (4, 64)}
@@ -92,7 +95,8 @@ DECODERS = {
         *(Contender("ours", dtype) for dtype in ("float32", "bfloat16", "int8")),
         *(Contender("ours", dtype, compiled=True) for dtype in ("float32", "int8")),
         Contender("stock", "float32"),
-        *(Contender("marian", dtype) for dtype in ("float32", "bfloat16")),
+        *(Contender("MarianMTModel", dtype) for dtype in ("float32", "bfloat16")),
+        *(Contender("Marian C++", dtype) for dtype in ("float32", "intgemm8", "packed8")),
         *(Contender("ctranslate2", dtype) for dtype in ("float32", "int8")),
     )
 }
@@ -100,7 +104,16 @@ DECODERS = {
 PEERS = {
     "CTranslate2 int8": ["ctranslate2 int8"],
     "CTranslate2 float32": ["ctranslate2 float32"],
-    "Marian's best": ["marian float32", "marian bfloat16"],
+    "MarianMTModel": ["MarianMTModel float32", "MarianMTModel bfloat16"],
+    "Marian C++": ["Marian C++ float32", "Marian C++ intgemm8", "Marian C++ packed8"],
+}
+# Bytes of a weight, and the type that the machine's rate of products is measured in.
+TYPES = {
+    "float32": (4, "float32"),
+    "bfloat16": (2, "bfloat16"),
+    "int8": (1, "int8"),
+    "intgemm8": (1, "int8"),
+    "packed8": (1, "int8"),
 }
 
 
@@ -121,7 +134,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         added.add_argument("--output", help="write everything measured here as JSON")
         return added
 
-    train = add_command("train", "compares training with MarianMTModel under Seq2SeqTrainer", compare_training)
+    train = add_command("train", "compares training with MarianMTModel and Marian C++", compare_training)
     train.add_argument("--cells", nargs="+", choices=list(CELLS), help="sizes (default: tiny base; on a GPU big too)")
     train.add_argument("--updates", type=positive, help="updates in a turn (default: tiny 10, base and big 2)")
     train.add_argument("--warmup", type=positive, help="updates before the first (default: tiny 5, base and big 1)")
@@ -155,6 +168,7 @@ def compare_training(options: argparse.Namespace) -> None:
     import torch
 
     from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.machine import machine
 
     # 1. what to do; what is wrong is said before anything is measured
     check_machine(options)
@@ -168,12 +182,13 @@ def compare_training(options: argparse.Namespace) -> None:
     recipes = {name: recipe_of(name, options) for name in cells}
 
     # 2. measurements
-    results = about_this_run(options, "accelerate")
+    results = about_this_run(options, machine())
+    found = leave_out(contenders(of_losses=bool(options.loss_tokens)), why_not_trained)
     measure, show = (compare_losses, loss_table) if options.loss_tokens else (compare_speed, speed_table)
     for name, recipe in recipes.items():
         with tempfile.TemporaryDirectory() as folder:
             prepare(recipe, Path(folder))
-            results["cells"][name] = measure(name, recipe, Path(folder), options)
+            results["cells"][name] = measure(name, recipe, Path(folder), options, found)
         tell(name, show(results["cells"][name]), results, options)
 
 
@@ -237,20 +252,94 @@ def parse(argv: list[str]) -> Any:
     return recipe
 
 
-def about_this_run(options: argparse.Namespace, *packages: str) -> dict[str, Any]:
+def about_this_run(options: argparse.Namespace, machine: str) -> dict[str, Any]:
     """What a reader needs in order to repeat it. The machine and torch's version are printed."""
-    from vanilla_transformer.training.machine import machine
-
-    packages = ("vanilla-transformer", "torch", "transformers", "datasets", *packages)
+    packages = ["vanilla-transformer", "torch", "transformers", "datasets", "accelerate"]
+    packages += [name for name in ("ctranslate2", "pymarian") if importlib.util.find_spec(name)]
     versions = {name: importlib.metadata.version(name) for name in packages}
-    print(f"{machine()}, torch {versions['torch']}")
+    print(f"{machine}; torch {versions['torch']}", flush=True)
     return {
-        "machine": machine(),
+        "machine": machine,
         "threads": options.threads,
         "versions": {"python": platform.python_version(), **versions},
         "command": shlex.join(["python", *sys.argv]),
         "cells": {},
     }
+
+
+def leave_out(found: Sequence[Contender], why_not: Callable[[Contender], str | None]) -> list[Contender]:
+    """
+    Those that this machine can measure. The others are printed, each with the reason.
+
+    Raises:
+        UserError: none is left.
+    """
+    from vanilla_transformer.training.arguments import UserError
+
+    reasons = {contender: why_not(contender) for contender in found}
+    for contender, reason in reasons.items():
+        if reason:
+            print(f"left out: {contender}: {reason}", flush=True)
+    if all(reasons.values()):
+        raise UserError("no contender is left")
+    return [contender for contender, reason in reasons.items() if not reason]
+
+
+def why_not_trained(contender: Contender) -> str | None:
+    """Why this machine does not train like this, in words; None if it does."""
+    import torch
+
+    from vanilla_transformer.inference_vanilla_transformer import is_native
+
+    if contender.side == "Marian C++":
+        return "it would have the CPU where the others have the GPU" if torch.cuda.is_available() else why_no_marian()
+    if torch.cuda.is_available() or is_native(contender.dtype, torch.device("cpu")):
+        return None
+    return f"this processor has no instructions for {contender.dtype}, and emulates them"
+
+
+def why_not_translated(contender: Contender) -> str | None:
+    """Why this machine does not translate like this, in words; None if it does."""
+    import torch
+
+    from vanilla_transformer.inference_vanilla_transformer import is_native
+
+    if contender.side == "ctranslate2":
+        return why_no_ctranslate2(contender.dtype)
+    if contender.side == "Marian C++":
+        avx2 = torch.cpu.get_capabilities().get("avx2")
+        return "it needs AVX2" if contender.dtype == "packed8" and not avx2 else why_no_marian()
+    if contender.compiled:
+        return why_no_program()
+    if not is_native(contender.dtype, torch.device("cpu")):
+        return f"torch has no fast product for {contender.dtype} on this processor"
+    return None
+
+
+def why_no_marian() -> str | None:
+    """None where Marian is installed."""
+    return None if importlib.util.find_spec("pymarian") else "pip install pymarian (a download of 600 MB)"
+
+
+def why_no_ctranslate2(compute_type: str) -> str | None:
+    """None where CTranslate2 is installed and computes so."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        return "pip install '.[bench]'"
+    import ctranslate2
+
+    found = ctranslate2.get_supported_compute_types("cpu")
+    return None if compute_type in found else f"CTranslate2 has only {', '.join(sorted(found))} on this processor"
+
+
+def why_no_program() -> str | None:
+    """None where the compiled program can be had, which is compiled if need be."""
+    from vanilla_transformer.program_vanilla_transformer import ProgramError, load
+
+    try:
+        load()
+    except ProgramError as error:
+        return str(error)
+    return None
 
 
 def prepare(argv: list[str], folder: Path) -> None:
@@ -356,14 +445,18 @@ class Worker:
         self.process.communicate()
 
 
-def contenders(cell: str) -> list[Contender]:
-    """Both sides in both dtypes; on a GPU compiled too, where batches have one shape."""
+def contenders(of_losses: bool) -> list[Contender]:
+    """Who may be compared by speed, on a GPU compiled too; or by losses."""
     import torch
 
-    found = [Contender(side, dtype) for dtype in ("bfloat16", "float32") for side in ("ours", "marian")]
-    if torch.cuda.is_available() and cell != "tiny":
-        found += [Contender(side, "bfloat16", compiled=True) for side in ("ours", "marian")]
-    return found
+    both = "ours", "MarianMTModel"
+    if of_losses:
+        ours = [Contender("ours", dtype) for dtype in ("bfloat16", "float32")]
+        return [*ours, *(Contender("MarianMTModel", "float32", same_batches=same) for same in (False, True))]
+    found = [Contender(side, dtype) for dtype in ("bfloat16", "float32") for side in both]
+    if torch.cuda.is_available():
+        found += [Contender(side, "bfloat16", compiled=True) for side in both]
+    return [*found, Contender("Marian C++", "float32")]
 
 
 def start(
@@ -373,7 +466,7 @@ def start(
     bf16 = contender.dtype == "bfloat16"
     told = {"output_dir": folder, "max_steps": max_steps, "bf16": bf16, "torch_compile": contender.compiled}
     argv = recipe + [word for name, value in told.items() for word in (f"--{name}", str(value))]
-    job = {"recipe": argv, "folder": str(folder), "contender": contender, "orders": orders}
+    job = {"recipe": argv, "folder": str(folder), "contender": contender, "orders": orders, "threads": options.threads}
     preloaded = contender.side == "ours" and options.preload
     return Worker(job, options.threads, **({"LD_PRELOAD": options.preload} if preloaded else {}))
 
@@ -401,11 +494,14 @@ def take_turns(
     return reports
 
 
-def compare_speed(cell: str, recipe: list[str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def compare_speed(
+    cell: str, recipe: list[str], folder: Path, options: argparse.Namespace, found: list[Contender]
+) -> dict[str, Any]:
     """Rounds in which each contender takes its turn after the machine's ceilings are measured."""
     warmup, updates = options.warmup or CELLS[cell].warmup, options.updates or CELLS[cell].updates
     orders = {"max_steps": warmup + options.rounds * updates, "warmup": warmup, "updates": updates}
-    found = contenders(cell)
+    # Batches of many shapes would be compiled again and again.
+    found = [contender for contender in found if not (contender.compiled and cell == "tiny")]
     ceilings: dict[str, list[float]] = {contender.dtype: [] for contender in found}
 
     def measure_ceilings() -> None:
@@ -423,19 +519,22 @@ def compare_speed(cell: str, recipe: list[str], folder: Path, options: argparse.
 
 
 def summarise(entries: list[dict[str, Any]], ceilings: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Adds medians over the rounds, their ratios to the peer's, and shares of the ceiling."""
+    """Adds medians over the rounds, their ratios to the peers', and shares of the limit."""
     for entry in entries:
         rounds = entry["rounds"]
         entry["tokens_per_second"] = statistics.median(turn["tokens"] / turn["seconds"] for turn in rounds)
         flops = statistics.median(turn["flops"] / turn["seconds"] for turn in rounds)
-        entry["share_of_ceiling"] = flops / statistics.median(ceilings[entry["dtype"]])
-    speeds = {(e["side"], e["dtype"], e["compiled"]): e["tokens_per_second"] for e in entries}
+        entry["share_of_limit"] = flops / statistics.median(ceilings[entry["dtype"]])
+    speeds = {contender_name(entry): entry["tokens_per_second"] for entry in entries}
     for entry in entries:
         peers = {
-            "same_dtype": speeds["marian", entry["dtype"], entry["compiled"]],
-            "float32": speeds["marian", "float32", False],
+            "MarianMTModel, same dtype": Contender("MarianMTModel", entry["dtype"], entry["compiled"]),
+            "MarianMTModel, float32": Contender("MarianMTModel", "float32"),
+            "Marian C++": Contender("Marian C++", "float32"),
         }
-        entry["ratio_to_marian"] = {name: entry["tokens_per_second"] / speed for name, speed in peers.items()}
+        entry["ratios"] = {
+            name: entry["tokens_per_second"] / speeds[str(peer)] for name, peer in peers.items() if str(peer) in speeds
+        }
     return entries
 
 
@@ -455,16 +554,12 @@ def matmul_rate(dtype: str) -> float:
     return count * 2 * size**3 / seconds
 
 
-def compare_losses(cell: str, recipe: list[str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def compare_losses(
+    cell: str, recipe: list[str], folder: Path, options: argparse.Namespace, found: list[Contender]
+) -> dict[str, Any]:
     """Losses on the validation text after the same target tokens, from the same weights, by the recipe's schedule."""
     from tqdm.auto import tqdm
 
-    found = [
-        Contender("ours", "bfloat16"),
-        Contender("ours", "float32"),
-        Contender("marian", "float32"),
-        Contender("marian", "float32", same_batches=True),
-    ]
     entries = []
     for contender in tqdm(found, desc=f"{cell}, losses", disable=None):
         # Every update has at least one token, so the tokens end the run before its steps do.
@@ -495,18 +590,22 @@ def speed_table(result: dict[str, Any]) -> str:
         {
             "": contender_name(entry),
             "target tokens/s": f"{entry['tokens_per_second']:,.0f}",
-            "x Marian, same dtype": f"{entry['ratio_to_marian']['same_dtype']:.2f}",
-            "x Marian, float32": f"{entry['ratio_to_marian']['float32']:.2f}",
-            "MiB beyond state": f"{entry['memory_beyond_state'] / 2**20:,.0f}",
-            "share of ceiling": f"{entry['share_of_ceiling']:.1%}",
+            **{f"x {peer}": f"{ratio:.2f}" for peer, ratio in entry["ratios"].items()},
+            "MiB beyond state": in_mib(entry["memory_beyond_state"]),
+            "of the limit": f"{entry['share_of_limit']:.1%}",
         }
         for entry in result["contenders"]
     ]
     ceilings = [
-        f"ceiling: {statistics.median(rates) / 1e9:,.0f} GFLOP/s in matrix products of {dtype}"
+        f"limit: {statistics.median(rates) / 1e9:,.0f} GFLOP/s in matrix products of {dtype}"
         for dtype, rates in result["ceilings"].items()
     ]
     return "\n".join([table(rows), *ceilings])
+
+
+def in_mib(size: int | None) -> str:
+    """Bytes in MiB, or a dash for what is not known."""
+    return "-" if size is None else f"{size / 2**20:,.0f}"
 
 
 def loss_table(result: dict[str, Any]) -> str:
@@ -527,6 +626,7 @@ def loss_table(result: dict[str, Any]) -> str:
 def compare_decoding(options: argparse.Namespace) -> None:
     """`decode`: measures every cell, prints a table of each, and writes the JSON."""
     from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.machine import threads_of_processor
 
     # 1. what to do; what is wrong is said before anything is measured
     check_machine(options)
@@ -536,27 +636,26 @@ def compare_decoding(options: argparse.Namespace) -> None:
         raise UserError("--memory has cells of its own, of random text: leave --model and --cells out")
     of_memory = ["ours float32", "ours float32, compiled", "stock float32"]
     names = options.contenders or (of_memory if options.memory else list(DECODERS))
-    with_ctranslate2 = any(DECODERS[name].side == "ctranslate2" for name in names)
-    if with_ctranslate2 and importlib.util.find_spec("ctranslate2") is None:
-        raise UserError("ctranslate2 is missing: pip install '.[bench]', or name the other --contenders")
     recipe = recipe_of("tiny" if options.model else "base", options)
 
     # 2. measurements
-    results = about_this_run(options, *["ctranslate2"] * with_ctranslate2)
+    results = about_this_run(options, threads_of_processor())
+    found = leave_out([DECODERS[name] for name in names], why_not_translated)
     with tempfile.TemporaryDirectory() as folder:
-        model, tasks = prepare_translation(recipe, Path(folder), options, with_ctranslate2)
-        job = {"folder": folder, "model": model, "threads": options.threads}
+        model, tokenizer, model_folder, tasks = prepare_translation(recipe, Path(folder), options)
+        found = leave_out(found, partial(why_not_converted, model, tokenizer, Path(folder), bool(options.model)))
+        job = {"folder": folder, "model": model_folder, "threads": options.threads}
         for cell, task in tasks.items():
-            results["cells"][cell] = measure_translation(cell, job | {"task": task}, names, options.rounds)
+            results["cells"][cell] = measure_translation(cell, job | {"task": task}, found, model, options.rounds)
             tell(cell, decoding_table(results["cells"][cell]), results, options)
     if options.memory:
         print(f"\n{memory_table(results['cells'])}")
 
 
 def prepare_translation(
-    argv: list[str], folder: Path, options: argparse.Namespace, with_ctranslate2: bool
-) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The folder of the model that all contenders load, which is written unless it is the user's, and cells' tasks."""
+    argv: list[str], folder: Path, options: argparse.Namespace
+) -> tuple[Any, Any, str, dict[str, dict[str, Any]]]:
+    """The model, its tokenizer, their folder, which is written unless it is the user's, and the cells' tasks."""
     from transformers import set_seed
 
     from vanilla_transformer.training.data import load_pairs
@@ -569,18 +668,68 @@ def prepare_translation(
         pairs = load_pairs(recipe.data)["test"]
         model, tokenizer = load_model(options.model)
         tasks = tasks_of_text(tokenizer, pairs, recipe.decoding.bleu_tokenize, options.cells or list(SEARCHES))
-    else:
-        set_seed(recipe.training.seed)
-        tokenizer = word_tokenizer(recipe.tokenizer.vocab_size)
-        model = build_model(recipe, tokenizer)
-        for part in (model, tokenizer):
-            part.save_pretrained(folder / "model")
-        tasks = random_tasks(tokenizer, options)
-    if with_ctranslate2:
-        from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
+        return model, tokenizer, options.model, tasks
+    set_seed(recipe.training.seed)
+    tokenizer = word_tokenizer(recipe.tokenizer.vocab_size)
+    model = build_model(recipe, tokenizer)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    return model, tokenizer, str(folder / "model"), random_tasks(tokenizer, options)
 
-        to_ctranslate2(model, tokenizer.convert_ids_to_tokens(range(len(tokenizer))), folder / "ctranslate2")
-    return options.model or str(folder / "model"), tasks
+
+def why_not_converted(model: Any, tokenizer: Any, folder: Path, ends: bool, contender: Contender) -> str | None:
+    """
+    Converts the model for a peer that has a format of its own, unless it is there already.
+
+    Args:
+        model, tokenizer: ours.
+        folder: where to.
+        ends: whether Marian may end a sentence; else the outputs are as long as they may be.
+        contender: the peer.
+
+    Returns:
+        What the peer has not, in words; None if it can be used.
+    """
+    try:
+        if contender.side == "ctranslate2" and not (folder / "ctranslate2").exists():
+            from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
+
+            to_ctranslate2(model, tokenizer.convert_ids_to_tokens(range(len(tokenizer))), folder / "ctranslate2")
+        if contender.side == "Marian C++":
+            return convert_for_marian(model, tokenizer, folder / "marian", ends, contender.dtype)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def convert_for_marian(model: Any, tokenizer: Any, folder: Path, ends: bool, dtype: str) -> str | None:
+    """Writes weights and vocabulary, and the weights in `dtype`. Returns why Marian cannot compute so, in words."""
+    import torch
+
+    from vanilla_transformer.conversion.marian_npz import to_marian_npz, write_vocabulary
+
+    config = model.config
+    if not folder.exists():
+        folder.mkdir()
+        to_marian_npz(model, folder / "float32.npz", never_ends=not ends)
+        write_vocabulary(len(tokenizer), config.eos_token_id, tokenizer.unk_token_id, folder / "vocabulary.txt")
+    if dtype == "float32":
+        return None
+    # Its products in 8 bits take blocks of 64 inputs and of 8 outputs, and do not check it.
+    if any(size % 64 for size in (config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim)) or (
+        config.decoder_vocab_size % 8
+    ):
+        return "it needs widths that 64 divides, and a vocabulary that 8 divides"
+    wide = torch.cpu.get_capabilities().get("avx512_bw")
+    form = {"intgemm8": "intgemm8", "packed8": "packed8avx512" if wide else "packed8avx2"}[dtype]
+    arguments = ["--from", folder / "float32.npz", "--to", folder / f"{dtype}.bin", "--gemm-type", form]
+    done = subprocess.run(marian_command("convert", *arguments), capture_output=True, text=True)
+    return f"it cannot convert to {form}: {done.stderr.splitlines()[-1]}" if done.returncode else None
+
+
+def marian_command(*words: Any) -> list[str]:
+    """The command line of Marian's program, which Python's package holds."""
+    return [sys.executable, "-c", "import sys, _pymarian; sys.exit(_pymarian.main(sys.argv[1:]))", *map(str, words)]
 
 
 def random_tasks(tokenizer: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -613,23 +762,82 @@ def tasks_of_text(tokenizer: Any, pairs: Any, bleu_tokenize: str, cells: list[st
     return tasks
 
 
-def measure_translation(cell: str, job: dict[str, Any], names: list[str], rounds: int) -> dict[str, Any]:
+def measure_translation(
+    cell: str, job: dict[str, Any], found: list[Contender], model: Any, rounds: int
+) -> dict[str, Any]:
     """Rounds in which each contender translates the same sentences, after a turn that is not timed."""
     task, entries = job["task"], []
-    jobs = [job | {"contender": DECODERS[name]} for name in names]
+    limits = measure_limits({TYPES[contender.dtype][1] for contender in found})
+    jobs = [job | {"contender": contender} for contender in found]
     # Translating is measured on the CPU.
     starts = [partial(Worker, told, job["threads"], CUDA_VISIBLE_DEVICES="") for told in jobs]
-    for name, (first, *reported) in zip(names, take_turns(cell, starts, rounds), strict=True):
-        entry = {**DECODERS[name]._asdict(), "rounds": reported, **first}
+    for contender, (first, *reported) in zip(found, take_turns(cell, starts, rounds), strict=True):
+        least = least_seconds(model, task, first.pop("lengths"), contender.dtype, limits)
+        entry = {**contender._asdict(), "rounds": reported, **first}
         entry["tokens_per_second"] = statistics.median(turn["tokens"] / turn["seconds"] for turn in reported)
         entry["seconds"] = statistics.median(turn["seconds"] for turn in reported)
+        entry["share_of_limit"] = least / entry["seconds"]
         entries.append(entry)
     for peer, faster_of in PEERS.items():
         speeds = [entry["tokens_per_second"] for entry in entries if contender_name(entry) in faster_of]
         for entry in entries if speeds else []:
             entry.setdefault("ratios", {})[peer] = entry["tokens_per_second"] / max(speeds)
     sizes = {name: task[name] for name in ("beams", "batch", "new_tokens")}
-    return {**sizes, "sentences": len(task["sources"]), "contenders": entries}
+    return {**sizes, "sentences": len(task["sources"]), "limits": limits, "contenders": entries}
+
+
+def measure_limits(types: set[str]) -> dict[str, float]:
+    """What all threads reach now: bytes a second of memory, and operations a second of products in each type."""
+    import torch
+
+    from vanilla_transformer.inference_vanilla_transformer import pack_linear
+    from vanilla_transformer.training.machine import fastest, read_rate
+
+    size = 2048
+    states, weight, bias = torch.randn(size, size), torch.randn(size, size), torch.zeros(size)
+    rates = {}
+    for name in {*types, "float32"}:
+        product = pack_linear(weight, bias, name)
+        rates[name] = 2 * size**3 / fastest(partial(product, states), MATMUL_SECONDS)
+    # Where torch has no fast product in few bits, float32's is what is known to be reached.
+    return {"bytes": read_rate(), **{name: max(rate, rates["float32"]) for name, rate in rates.items()}}
+
+
+def least_seconds(model: Any, task: dict[str, Any], lengths: list[int], dtype: str, limits: dict[str, float]) -> float:
+    """
+    Seconds that the task takes by the machine's limits alone: weights are read once for the sources of a batch and
+    once for each of its steps, and multiplied by all rows of states; the slower of both counts.
+
+    Args:
+        model: ours. Attention and caches are left out.
+        task: its sentences, in batches of its size.
+        lengths: tokens of each output. Sentences that are finished need nothing.
+        dtype: what products are computed in.
+        limits: of `measure_limits`.
+    """
+    once, step = count_weights(model)
+    size, rate = TYPES[dtype]
+
+    def seconds(weights: int, rows: int) -> float:
+        return max(weights * size / limits["bytes"], 2 * weights * rows / limits[rate])
+
+    total = 0.0
+    for first in range(0, len(lengths), task["batch"]):
+        sources, outputs = (rows[first : first + task["batch"]] for rows in (task["sources"], lengths))
+        total += seconds(once, sum(map(len, sources)))
+        for done in range(max(outputs)):
+            total += seconds(step, task["beams"] * sum(length > done for length in outputs))
+    return total
+
+
+def count_weights(model: Any) -> tuple[int, int]:
+    """Weights that the sources of a batch are multiplied by, and those of a step."""
+    sizes = [0, model.lm_head.weight.numel()]
+    for name, weight in model.model.named_parameters():
+        if ".layers." in name and weight.dim() == 2:
+            of_sources = name.startswith("encoder.") or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
+            sizes[not of_sources] += weight.numel()
+    return sizes[0], sizes[1]
 
 
 def decoding_table(result: dict[str, Any]) -> str:
@@ -641,6 +849,7 @@ def decoding_table(result: dict[str, Any]) -> str:
             "tokens/s": f"{entry['tokens_per_second']:,.1f}",
             f"ms/{step}": f"{1000 * entry['seconds'] / parts:.2f}",
             **{f"x {peer}": f"{ratio:.2f}" for peer, ratio in entry.get("ratios", {}).items()},
+            "of the limit": f"{entry['share_of_limit']:.0%}",
             "MiB decoding": f"{entry['memory'] / 2**20:,.1f}",
             "MiB in all": f"{(entry['held'] + entry['memory']) / 2**20:,.0f}",
             **({"BLEU": f"{entry['bleu']:.2f}"} if "bleu" in entry else {}),
@@ -671,6 +880,9 @@ def work() -> None:
     if "model" in job:
         translate_in_turns(*build_decoder(contender, job["model"], folder, job["threads"]), job["task"], report)
         return
+    if contender.side == "Marian C++":
+        train_marian(job["recipe"], folder, report, job["threads"], **job["orders"])
+        return
     trainer = build_contender(job["recipe"], folder, contender)
     if "loss_tokens" in job["orders"]:
         report(measure_losses(trainer, folder, **job["orders"]))
@@ -693,7 +905,7 @@ def build_contender(argv: list[str], folder: Path, contender: Contender) -> Any:
     set_seed(recipe.training.seed)
     model = build_model(recipe, tokenizer)
     trainer = build_trainer(recipe, model, tokenizer, {"train": load_from_disk(folder / "train")})
-    if contender.side == "marian":
+    if contender.side == "MarianMTModel":
         trainer = build_peer(trainer, contender.same_batches)
     trainer.data_collator = Noting(trainer.data_collator)
     return trainer
@@ -778,6 +990,92 @@ def measure_speed(trainer: Any, report: Any, warmup: int, updates: int) -> None:
     state = make_state(trainer)
     trainer.train()
     report({"state": state, "memory_beyond_state": memory("VmHWM") - state})
+
+
+def train_marian(
+    argv: list[str],
+    folder: Path,
+    report: Callable[[dict[str, Any]], None],
+    threads: int,
+    warmup: int,
+    updates: int,
+) -> None:
+    """Marian's turns, each a run of its own of `warmup` and `updates` updates, with about as many words as ours."""
+    trainer = build_contender(argv, folder, Contender("ours", "float32"))
+    rows, eos = trainer.train_dataset, trainer.processing_class.eos_token_id
+    lengths = [(len(row["input_ids"]), len(row["labels"])) for row in rows]
+    tokens = sum(target for _, target in lengths)
+    flops = training_flops(trainer.model.config, lengths) / tokens
+    command = marian_training(trainer, folder, threads, round(tokens / len(trainer.get_train_dataloader())))
+    for column in ("input_ids", "labels"):
+        lines = (" ".join(str(token) for token in row if token != eos) for row in rows[column])
+        (folder / f"{column}.txt").write_text("".join(f"{line}\n" for line in lines))
+    report({})
+    for _ in range((trainer.args.max_steps - warmup) // updates):
+        sys.stdin.readline()
+        seconds, done = time_marian(command, warmup, updates)
+        report({"seconds": seconds, "tokens": done, "flops": flops * done})
+    sys.stdin.readline()
+    # It takes its memory at once, as much as it is told.
+    report({"state": None, "memory_beyond_state": None})
+
+
+def marian_training(trainer: Any, folder: Path, threads: int, words: int) -> list[str]:
+    """The command line that trains what our Trainer trains, on texts that are ids."""
+    from vanilla_transformer.conversion.marian_npz import marian_options, write_vocabulary
+
+    args, config, tokenizer = trainer.args, trainer.model.config, trainer.processing_class
+    write_vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id, folder / "vocabulary.txt")
+    shared = config.share_encoder_decoder_embeddings and config.tie_word_embeddings
+    options = {
+        **marian_options(config),
+        "tied-embeddings-all": str(shared).lower(),
+        "tied-embeddings": str(config.tie_word_embeddings and not shared).lower(),
+        "transformer-dropout": config.dropout,
+        "transformer-dropout-attention": config.attention_dropout,
+        "transformer-dropout-ffn": config.activation_dropout,
+        "label-smoothing": config.label_smoothing,
+        "train-sets": [folder / "input_ids.txt", folder / "labels.txt"],
+        "vocabs": 2 * [folder / "vocabulary.txt"],
+        "model": folder / "marian.npz",
+        "tempdir": folder,
+        "cpu-threads": threads,
+        "mini-batch-words": words,
+        "mini-batch-round-up": "false",
+        "learn-rate": args.learning_rate,
+        "optimizer-params": [args.adam_beta1, args.adam_beta2, args.adam_epsilon],
+        "clip-norm": args.max_grad_norm,
+        "seed": args.seed,
+        # It grows as far as an update needs.
+        "workspace": 512,
+        "disp-freq": "1u",
+    }
+    words_of = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    # Both halves of a batch at once, one update by their sum.
+    return marian_command(
+        "train", "--sync-sgd", *(word for name, values in words_of.items() for word in (f"--{name}", *values))
+    )
+
+
+def time_marian(command: list[str], warmup: int, updates: int) -> tuple[float, int]:
+    """Seconds of the updates after the warm-up, and their target words. What it says is logged in vain otherwise."""
+    seconds, words, started = 0.0, 0, 0.0
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            if found := MARIAN_UPDATE.search(line):
+                number, now = int(found[1]), time.perf_counter()
+                words += int(found[2].replace(",", "")) if number > warmup else 0
+                started = now if number == warmup else started
+                if number == warmup + updates:
+                    seconds = now - started
+                    break
+        # It would save its model.
+        process.kill()
+    if not seconds:
+        raise SystemExit("Marian ended before its last update")
+    return seconds, words
 
 
 def make_state(trainer: Any) -> int:
@@ -914,8 +1212,21 @@ def build_decoder(contender: Contender, model_folder: str, folder: Path, threads
         translator = ctranslate2.Translator(str(folder / "ctranslate2"), **options)
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
         return tokenizer, partial(by_ctranslate2, translator, tokenizer)
+    if contender.side == "Marian C++":
+        from pymarian import Translator
+
+        form = "npz" if contender.dtype == "float32" else "bin"
+        vocabulary = str(folder / "marian" / "vocabulary.txt")
+        translator = Translator(
+            models=str(folder / "marian" / f"{contender.dtype}.{form}"),
+            vocabs=[vocabulary, vocabulary],
+            cpu_threads=threads,
+            quiet="true",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        return tokenizer, partial(by_marian, translator, tokenizer)
     model, tokenizer = load_model(model_folder)
-    if contender.side == "marian":
+    if contender.side == "MarianMTModel":
         model = build_marian(model).eval().to(getattr(torch, contender.dtype))
     generate = model.generate
     if contender.side == "stock":
@@ -968,6 +1279,33 @@ def by_ctranslate2(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Cal
     return translate
 
 
+def by_marian(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Callable[[], list[list[int]]]:
+    """One call for all batches, which are divided among the threads: a batch has one. Single sentences wait in turn."""
+    from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
+
+    eos, unknown = tokenizer.eos_token_id, str(tokenizer.unk_token_id)
+    # As `write_vocabulary` has it.
+    texts = [" ".join("<unk>" if str(i) == unknown else str(i) for i in row[:-1]) for row in task["sources"]]
+    longest = max(map(len, task["sources"]))
+    limit = task["new_tokens"] or longest + MAX_EXTRA_TOKENS
+    options = {
+        "beam-size": task["beams"],
+        "mini-batch": task["batch"],
+        "normalize": 1.0,
+        "allow-unk": "true",
+        # The greatest length is a factor of the batch's longest source.
+        "max-length-factor": (limit - 0.5) / longest,
+    }
+    calls = [[text] for text in texts] if task["batch"] == 1 else [texts]
+
+    def translate() -> list[list[int]]:
+        lines = [line for call in calls for line in translator.translate(call, **options)]
+        rows = [[int(word.replace("<unk>", unknown)) for word in line.split()] for line in lines]
+        return [row if len(row) == limit else [*row, eos] for row in rows]
+
+    return translate
+
+
 def translate_in_turns(tokenizer: Any, prepare: Any, task: dict[str, Any], report: Any) -> None:
     """Translates the task's sentences for what that takes and gives, then at every word of the parent for the time."""
     from vanilla_transformer.training.evaluate import score_texts
@@ -976,7 +1314,7 @@ def translate_in_turns(tokenizer: Any, prepare: Any, task: dict[str, Any], repor
     prepare({**task, "sources": task["sources"][:1]})()
     translate, held = prepare(task), reset_peak()
     outputs = translate()
-    figures = {"held": held, "memory": memory("VmHWM") - held}
+    figures = {"held": held, "memory": memory("VmHWM") - held, "lengths": [len(row) for row in outputs]}
     if "references" in task:
         texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
         figures["bleu"] = score_texts(texts, task["references"], task["bleu_tokenize"])["bleu"]

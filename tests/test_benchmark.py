@@ -18,8 +18,11 @@ from tokenizers import pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
 from vanilla_transformer import train_tokenizer
+from vanilla_transformer.inference_vanilla_transformer import is_native
+from vanilla_transformer.training.arguments import UserError
 from vanilla_transformer.training.batching import TokenBudgetBatches
 from vanilla_transformer.training.data import read_lines
+from vanilla_transformer.training.machine import processor
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -27,6 +30,7 @@ BENCHMARK = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 CPU = not torch.cuda.is_available()
 FILES = {"train": 40, "val": 5}
 BUDGET, VOCABULARY = 160, 280
+PYMARIAN = importlib.util.find_spec("pymarian") is not None
 SIZES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 32}
 FIELDS = {**SIZES, "vocab_size": VOCABULARY, "per_device_train_batch_tokens": BUDGET, "dropout": 0.0, "warmup_steps": 4}
 FIELDS = [word for name, value in FIELDS.items() for word in (f"--{name}", str(value))]
@@ -72,24 +76,45 @@ def test_the_figures_of_a_run_agree_with_each_other_and_with_a_count(multi30k, l
     assert results["versions"]["torch"] == torch.__version__
     cell = results["cells"]["tiny"]
     found = {(entry["side"], entry["dtype"]): entry for entry in cell["contenders"]}
-    assert set(found) == {(side, dtype) for side in ("ours", "marian") for dtype in ("float32", "bfloat16")}
+    dtypes = ["float32", "bfloat16"] if is_native("bfloat16", torch.device("cpu")) else ["float32"]
+    expected = {(side, dtype) for side in ("ours", "MarianMTModel") for dtype in dtypes}
+    assert set(found) == expected | {("Marian C++", "float32")} if PYMARIAN else expected
+    assert run.stdout.splitlines()[0].startswith(f"1 thread of {processor()}; torch {torch.__version__}")
+    assert run.stdout.count("left out: ours bfloat16: ") == 2 - len(dtypes)
+    assert run.stdout.count("left out: Marian C++ float32: pip install pymarian") == (not PYMARIAN)
 
     def median(entry, what):
         return statistics.median(turn[what] / turn["seconds"] for turn in entry["rounds"])
 
-    flops = {turn["flops"] for entry in found.values() for turn in entry["rounds"]}
+    whole = {name: entry for name, entry in found.items() if name[0] != "Marian C++"}
+    flops = {turn["flops"] for entry in whole.values() for turn in entry["rounds"]}
     assert max(flops) == pytest.approx(min(flops), rel=1e-12)
-    for (_, dtype), entry in found.items():
-        assert [turn["tokens"] for turn in entry["rounds"]] == 2 * [sum(lengths[1]) * updates / (
-            ours if entry["side"] == "ours" else marian
-        )]  # fmt: skip
+    for (side, dtype), entry in found.items():
+        if side == "Marian C++":
+            # It ends its updates where it likes.
+            assert all(abs(turn["tokens"] / updates - sum(lengths[1]) / ours) < BUDGET for turn in entry["rounds"])
+            per_token = flops.copy().pop() / whole["ours", dtype]["rounds"][0]["tokens"]
+            assert all(turn["flops"] / turn["tokens"] == pytest.approx(per_token) for turn in entry["rounds"])
+        else:
+            assert [turn["tokens"] for turn in entry["rounds"]] == 2 * [sum(lengths[1]) * updates / (
+                ours if side == "ours" else marian
+            )]  # fmt: skip
+            assert 0 < entry["memory_beyond_state"] < entry["state"]
         assert entry["tokens_per_second"] == pytest.approx(median(entry, "tokens"))
-        for name, peer in (("same_dtype", dtype), ("float32", "float32")):
-            quotient = median(entry, "tokens") / median(found["marian", peer], "tokens")
-            assert entry["ratio_to_marian"][name] == pytest.approx(quotient)
+        peers = {
+            "MarianMTModel, same dtype": ("MarianMTModel", dtype),
+            "MarianMTModel, float32": ("MarianMTModel", "float32"),
+            "Marian C++": ("Marian C++", "float32"),
+        }
+        assert entry["ratios"] == pytest.approx(
+            {
+                name: median(entry, "tokens") / median(found[peer], "tokens")
+                for name, peer in peers.items()
+                if peer in found
+            }
+        )
         ceiling = statistics.median(cell["ceilings"][dtype])
-        assert entry["share_of_ceiling"] == pytest.approx(median(entry, "flops") / ceiling)
-        assert 0 < entry["memory_beyond_state"] < entry["state"]
+        assert entry["share_of_limit"] == pytest.approx(median(entry, "flops") / ceiling)
         assert f"{entry['tokens_per_second']:,.0f}" in run.stdout
 
 
@@ -112,7 +137,11 @@ def prepared(multi30k):
 def test_both_sides_are_trained_on_the_same_tokens_from_the_same_weights(prepared):
     """Fed the same batches they stay close; what parts them is Marian's constant bias."""
     measured = {}
-    for name, options in {"ours": {}, "marian": {}, "fed": {"side": "marian", "same_batches": True}}.items():
+    for name, options in {
+        "ours": {},
+        "MarianMTModel": {},
+        "fed": {"side": "MarianMTModel", "same_batches": True},
+    }.items():
         trainer = contender(prepared, **{"side": name, **options})
         measured[name] = BENCHMARK.measure_losses(trainer, prepared, loss_tokens=3000)
 
@@ -121,7 +150,7 @@ def test_both_sides_are_trained_on_the_same_tokens_from_the_same_weights(prepare
     for name, found in measured.items():
         assert found["before"] == pytest.approx(ours["before"], rel=1e-5)
         # To the end of the update that reaches the number.
-        assert 3000 <= found["tokens"] < 3000 + BUDGET + (BUDGET if name == "marian" else 0)
+        assert 3000 <= found["tokens"] < 3000 + BUDGET + (BUDGET if name == "MarianMTModel" else 0)
     assert {"tokens": ours["tokens"], "updates": ours["updates"]}.items() <= measured["fed"].items()
     learned = ours["before"]["nll"] - ours["after"]["nll"]
     assert abs(measured["fed"]["after"]["nll"] - ours["after"]["nll"]) < learned / 4
@@ -148,10 +177,10 @@ def test_the_validation_loss_is_that_of_sentences_taken_one_by_one(prepared):
     assert found == pytest.approx({"nll": nll / count, "smoothed": smoothed / count}, rel=1e-5)
 
 
-@pytest.mark.parametrize("side", ["ours", "marian"])
+@pytest.mark.parametrize("side", ["ours", "MarianMTModel"])
 def test_the_operations_of_an_update_are_those_that_torch_counts(side, tiny_model):
     model = tiny_model(attention="eager", d_model=32)
-    model = BENCHMARK.build_marian(model) if side == "marian" else model
+    model = BENCHMARK.build_marian(model) if side == "MarianMTModel" else model
     model.set_attn_implementation("eager")
     rows, source, target = 3, 7, 5
     sources, targets = (torch.randint(3, 61, (rows, length)) for length in (source, target))
@@ -171,33 +200,89 @@ def test_marian_with_our_weights_computes_what_ours_does(tiny_model, padded):
         torch.testing.assert_close(marian(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+class TestWhatTheMachineLacks:
+    """The others are measured."""
+
+    def test_is_left_out_by_name(self, capsys):
+        contenders = [BENCHMARK.Contender("ours", dtype) for dtype in ("float32", "int8")]
+        found = BENCHMARK.leave_out(contenders, lambda it: "it is broken" if it.dtype == "int8" else None)
+        assert found == contenders[:1]
+        assert capsys.readouterr().out == "left out: ours int8: it is broken\n"
+
+    def test_is_an_error_if_nothing_else_is_asked_for(self):
+        with pytest.raises(UserError, match="no contender is left"):
+            BENCHMARK.leave_out([BENCHMARK.Contender("ours", "int8")], lambda _: "it is broken")
+
+    def test_has_its_reason(self, monkeypatch):
+        reason = {name: BENCHMARK.why_not_translated(it) for name, it in BENCHMARK.DECODERS.items()}
+        assert reason["ours float32"] is reason["stock float32"] is reason["MarianMTModel float32"] is None
+        slow = None if is_native("bfloat16", torch.device("cpu")) else "torch has no fast product for bfloat16"
+        for name in ("ours bfloat16", "MarianMTModel bfloat16"):
+            assert reason[name] == slow or (slow and reason[name].startswith(slow))
+        # As on a machine that has nothing but torch.
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        assert BENCHMARK.why_not_translated(BENCHMARK.DECODERS["ctranslate2 int8"]) == "pip install '.[bench]'"
+        assert "pip install pymarian" in BENCHMARK.why_not_translated(BENCHMARK.DECODERS["Marian C++ float32"])
+        assert "pip install pymarian" in BENCHMARK.why_not_trained(BENCHMARK.DECODERS["Marian C++ float32"])
+
+
+def test_the_least_time_is_that_of_reading_and_multiplying_each_weight(tiny_model):
+    """Counted by a hand-written loop over two batches of a search whose outputs end at different lengths."""
+    model = tiny_model()
+    d, vocabulary, inner = 16, 61, (24, 32)
+    encoder, across = 3 * (4 * d * d + 2 * d * inner[0]), 2 * 2 * d * d
+    decoder = 2 * (4 * d * d + 2 * d * d + 2 * d * inner[1]) + d * vocabulary
+    assert BENCHMARK.count_weights(model) == (encoder + across, decoder)
+    task = {"beams": 3, "batch": 2, "sources": [[5] * 4, [5] * 6, [5] * 5]}
+    # One weight takes a second to be read, two to be multiplied by a row.
+    limits = {"bytes": 4.0, "float32": 1.0, "int8": 1e9}
+    steps = 3 * decoder * (2 + 2 + 1 + 1 + 1)  # rows of each step: both sentences, both, one; then the last batch's one
+    expected = 2 * (encoder + across) * (10 + 5) + 2 * steps
+    assert BENCHMARK.least_seconds(model, task, [2, 3, 2], "float32", limits) == pytest.approx(expected)
+    # Four weights of one byte are read in a second, and multiplied in no time.
+    expected = (2 * (encoder + across) + 5 * decoder) / 4
+    assert BENCHMARK.least_seconds(model, task, [2, 3, 2], "int8", limits) == pytest.approx(expected)
+
+
 CTRANSLATE2 = importlib.util.find_spec("ctranslate2") is not None
 
 
 @pytest.mark.skipif(not CTRANSLATE2, reason="the dev and bench extras install ctranslate2")
 def test_the_figures_of_decoding_agree_with_each_other_and_every_output_has_the_fixed_length(tmp_path):
-    names = ["ours int8", "marian float32", "marian bfloat16", "ctranslate2 int8"]
+    names = ["ours int8, compiled", "ours int8", "MarianMTModel float32", "MarianMTModel bfloat16", "ctranslate2 int8"]
+    names += ["Marian C++ float32"]
     options = ["--cells", "4x16", "--rounds", "2", "--threads", "1", "--output", tmp_path / "out.json"]
     sizes = [*FIELDS, "--encoder_attention_heads", "2", "--decoder_attention_heads", "2"]
     command = [sys.executable, SCRIPT, "decode", "--contenders", *names, *options, *sizes]
     run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.splitlines()[0].startswith(f"1 thread of {processor()}; torch {torch.__version__}")
     results = json.loads((tmp_path / "out.json").read_text())
     assert "ctranslate2" in results["versions"]
-    found = {f"{entry['side']} {entry['dtype']}": entry for entry in results["cells"]["4x16"]["contenders"]}
-    assert list(found) == names
+    cell = results["cells"]["4x16"]
+    found = {BENCHMARK.contender_name(entry): entry for entry in cell["contenders"]}
+    # The others are named.
+    assert list(found) == [name for name in names if f"left out: {name}: " not in run.stdout]
+    assert {"MarianMTModel float32", "ctranslate2 int8"} <= set(found)
+    assert ("Marian C++ float32" in found) == PYMARIAN
 
     def speed(name):
         return statistics.median(turn["tokens"] / turn["seconds"] for turn in found[name]["rounds"])
 
-    marian = max(speed("marian float32"), speed("marian bfloat16"))
+    bests = {"CTranslate2 int8": "ctranslate2 int8", "MarianMTModel": "MarianMTModel ", "Marian C++": "Marian C++ "}
+    peers = {
+        peer: max(speed(name) for name in found if name.startswith(start))
+        for peer, start in bests.items()
+        if peer != "Marian C++" or PYMARIAN
+    }
     for name, entry in found.items():
         assert [turn["tokens"] for turn in entry["rounds"]] == 2 * [16 * 32]
         assert entry["tokens_per_second"] == pytest.approx(speed(name))
-        peers = {"CTranslate2 int8": speed("ctranslate2 int8"), "Marian's best": marian}
         assert entry["ratios"] == pytest.approx({peer: speed(name) / value for peer, value in peers.items()})
         assert 0 <= entry["memory"] < entry["held"]
+        assert entry["share_of_limit"] > 0
         assert f"{entry['tokens_per_second']:,.1f}" in run.stdout
+    assert set(cell["limits"]) >= {"bytes", "float32", "int8"}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +309,7 @@ def decoder(folder: Path, side: str, dtype: str = "float32"):
 
 
 @pytest.mark.parametrize(("beams", "new_tokens"), [(1, None), (4, None), (4, 12)])
-@pytest.mark.parametrize("side", ["stock", "marian", "ctranslate2"])
+@pytest.mark.parametrize("side", ["stock", "MarianMTModel", "ctranslate2"])
 def test_every_side_translates_the_same_sentences_into_the_same_tokens(side, beams, new_tokens, translating):
     if side == "ctranslate2" and not CTRANSLATE2:
         pytest.skip("the dev and bench extras install ctranslate2")

@@ -31,6 +31,11 @@ def machine() -> str:
         device = torch.get_device_module(kind)
         name = device.get_device_name() if hasattr(device, "get_device_name") else kind.upper()  # MPS has none
         return f"{torch.accelerator.device_count()} x {name}"
+    return threads_of_processor()
+
+
+def threads_of_processor() -> str:
+    """The processor in words, and how many threads torch has there."""
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''} of {processor()}"
 

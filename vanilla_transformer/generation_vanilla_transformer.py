@@ -104,7 +104,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         Takes what `transformers.GenerationMixin.generate` takes and returns what that returns, faster, and:
 
         Args:
-            compute_type: what products with weights are computed in: "float32", "bfloat16", or "int8" (x86 CPUs).
+            compute_type: what products with weights are computed in: "float32", "bfloat16", or "int8".
                 Default: the model's dtype. The weights are packed at the first call and kept beside the model.
             compiled: whether greedy and beam search run as one compiled program, in float32 or int8 on a CPU: several
                 times faster in small networks (`native_vanilla_transformer.py`). Default: as soon as it is there. It

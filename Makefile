@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint conformance peers clean
+.PHONY: quickstart test lint conformance sanitize arm peers clean
 
 # A Transformer learns the phrasebook, is saved, comes back in a new process, and translates.
 quickstart: .venv/installed
@@ -24,6 +24,16 @@ lint: .venv/installed
 # transformers' own tests on our classes; they come with its source distribution.
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
+
+# The compiled program under GCC's sanitizers, fuzzed so many seconds by each.
+SECONDS ?= 60
+sanitize: .venv/installed
+	$(BIN)/python tests/native/run.py sanitize $(SECONDS)
+
+# The compiled program on AArch64, emulated, and on other instruction sets: the same outputs as here, token by token.
+# On Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+arm: .venv/installed
+	$(BIN)/python tests/native/run.py arm
 
 # torch first, so that nothing below it asks for another build.
 .venv/installed: pyproject.toml constraints.txt

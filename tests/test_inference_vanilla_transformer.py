@@ -97,6 +97,17 @@ def test_target_positions_beyond_those_prepared_are_right(tiny_model, source, pa
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("last", [3, 200])
+def test_a_table_that_another_thread_replaces_is_long_enough(tiny_model, monkeypatch, last):
+    """Between any two reads of the table, another thread puts a shorter one in its place."""
+    table = inference.PositionTable(tiny_model().model.encoder)
+    tables = iter([table.upto(100), *[table.upto(0)[:1]] * 9])
+    monkeypatch.setattr(
+        inference.PositionTable, "table", property(lambda _: next(tables), lambda *_: None), raising=False
+    )
+    assert len(table.upto(last)) > last
+
+
 def test_learned_positions_end_in_the_model_s_error(tiny_model, source):
     model = tiny_model(position_embedding_type="learned")
     model.lm_head.bias.data[2] = -1e4

@@ -468,13 +468,15 @@ class PositionTable:
 
     def upto(self, last: int) -> torch.Tensor:
         """`[L, d_model]` with L above `last`."""
-        if last >= len(self.table):
+        table = self.table  # read once: another thread may replace it by a shorter one
+        if last >= len(table):
             longest, config = max(64, 2 * last), self.stack.config
             if config.position_embedding_type == "learned":
                 longest = max(last + 1, min(longest, config.max_position_embeddings))
             ids = torch.arange(longest, device=self.stack.embed_tokens.weight.device)[None]
-            self.table = self.stack.embed_positions(ids, torch.float32)[0].contiguous()
-        return self.table
+            table = self.stack.embed_positions(ids, torch.float32)[0].contiguous()
+            self.table = table
+        return table
 
 
 class PackedTransformer:

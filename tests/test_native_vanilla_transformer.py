@@ -251,6 +251,7 @@ def test_wrong_arguments_are_errors(lively_model, source, options, told):
 ENDLESS = """
 import signal, sys, threading, time, torch
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell leaves it ignored in the background
 model = VanillaTransformerForConditionalGeneration(VanillaTransformerConfig(vocab_size=4000)).eval()
 model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, compiled=True)
 ticks = []

@@ -8,6 +8,7 @@ Runs the compiled program without Python, as tests/native/driver.cpp.
 import argparse
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -149,11 +150,16 @@ class Recorder:
 def record(model: Any, compute_type: str, calls: Iterable[dict[str, Any]], path: Path) -> None:
     """Writes a network and the searches that these calls of `generate()` are to a file for the driver."""
     recorder = Recorder(path)
+
+    @functools.cache
+    def made(make: Any, *arguments: Any) -> Any:
+        return make(model, *arguments)
+
     with (
         recorder.file,
         mock.patch.object(native, "load", return_value=recorder),
         mock.patch.object(generation, "load", return_value=recorder),
-        mock.patch.object(generation, "copy_of", lambda model, _, make, *arguments: make(model, *arguments)),
+        mock.patch.object(generation, "copy_of", lambda _model, _parameters, *kind: made(*kind)),
     ):
         for call in calls:
             with contextlib.suppress(Recorded):

@@ -1016,7 +1016,7 @@ def train_marian(
         seconds, done = time_marian(command, warmup, updates)
         report({"seconds": seconds, "tokens": done, "flops": flops * done})
     sys.stdin.readline()
-    # It takes its memory at once, as much as it is told.
+    # Marian allocates all its memory at the start.
     report({"state": None, "memory_beyond_state": None})
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 
-# What torch finds here -> what it is told to find, and oneDNN likewise.
+# What torch finds here -> what torch and oneDNN are limited to.
 HIDDEN = {"AVX512": ("avx2", "AVX2"), "AVX2": ("default", "SSE41")}
 # Products, networks and searches by the packed engine and by the compiled program.
 TESTS = {

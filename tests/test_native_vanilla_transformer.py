@@ -13,6 +13,7 @@ from compilers import needs_compiler
 from networks import NETWORKS
 from transformers import GenerationMixin
 
+from vanilla_transformer import generation_vanilla_transformer as generation
 from vanilla_transformer import native_vanilla_transformer as native
 from vanilla_transformer import program_vanilla_transformer as program
 from vanilla_transformer.inference_vanilla_transformer import PackedTransformer
@@ -218,6 +219,21 @@ def test_learned_positions_end_where_they_end(lively_model, padded):
     assert torch.equal(model.generate(**batch, max_new_tokens=11, compiled=True), expected)
     with pytest.raises(ValueError, match="max_position_embeddings=12"):
         model.generate(**batch, min_new_tokens=20, max_new_tokens=30, compiled=True)
+
+
+@pytest.mark.parametrize("eos", [-1, [2, 999], [2, -1]], ids=str)
+def test_ends_that_are_not_in_the_vocabulary_never_come(lively_model, source, no_other_search, eos):
+    """transformers allows them: -1 is how outputs are made to reach their greatest length."""
+    assert_found_as_by_transformers(lively_model(), **source, max_new_tokens=9, min_new_tokens=3, eos_token_id=eos)
+
+
+def test_another_thread_s_engine_is_not_taken(lively_model, source, monkeypatch):
+    """The program does not know sampling. Between choice and search, another thread decodes by the program."""
+    monkeypatch.setattr(native.NativeTransformer, "search", lambda *_: pytest.fail("the program was used"))
+    model = lively_model()
+    of_another = generation.Engine("compiled", "")
+    monkeypatch.setattr(type(model), "last_engine", property(lambda _: of_another, lambda *_: None))
+    model.generate(**source, do_sample=True, num_beams=1, max_new_tokens=4)
 
 
 def test_it_can_be_saved_with_the_model(lively_model, source, tmp_path, no_other_search):

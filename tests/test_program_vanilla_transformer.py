@@ -45,7 +45,7 @@ def expected(lively_model, source):
 
 
 def assert_decodes_without_it(model, source, expected, reason: str) -> None:
-    """By default the output is the same, and the reason is told; `compiled=True` insists."""
+    """By default the output is the same, and `last_engine` gives the reason; `compiled=True` raises it."""
     assert torch.equal(model.generate(**source, max_new_tokens=8), expected)
     assert model.last_engine.name == "packed"
     assert reason in model.last_engine.reason

@@ -198,8 +198,9 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             )
             # No gradients, no counting of changes, and no casts but those of the compute type.
             with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-                self.last_engine = choose_engine(job, members, compute_type, compiled)
-                result = _searched(job, members, compute_type, self.last_engine.name)
+                # Not read back from the model: another thread may have decoded meanwhile.
+                self.last_engine = engine = choose_engine(job, members, compute_type, compiled)
+                result = _searched(job, members, compute_type, engine.name)
             return _outside_inference_mode(result)
 
         search.__signature__ = _NO_PARAMETERS  # type: ignore[attr-defined]

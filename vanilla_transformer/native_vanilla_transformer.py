@@ -100,6 +100,7 @@ class NativeTransformer:
         counted = (Weight * len(weights))(
             *(Weight(None, 0) if each is None else Weight(each.data_ptr(), each.numel()) for each in weights)
         )
+        self.vocabulary = model.config.decoder_vocab_size
         self.encoder_positions, self.decoder_positions = PositionTable(encoder), PositionTable(decoder)
         self.library, self.network = load(), ctypes.c_void_p()
         outcome = self.library.vt_create(
@@ -122,50 +123,23 @@ class NativeTransformer:
             MemoryError: the batch does not fit.
             RuntimeError: a thread cannot be started.
         """
-        config, ids, mask = job.config, job.source, job.source_mask
+        config = job.config
         sentences, prefix_length = job.input_ids.shape
         beams, returned = (config.num_beams, config.num_return_sequences) if config.num_beams > 1 else (0, 1)
-        new_tokens = config.max_length - prefix_length
-        if mask is None:
-            lengths = torch.full((sentences,), ids.shape[1])
-        else:
-            lengths, ids = mask.bool().sum(dim=1), ids[mask.bool()]
-        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(dim=0)])
-        penalties = [1.0, *(job.options.length_penalty(n + 1, config.length_penalty) for n in range(new_tokens))]
-        eos = config._eos_token_tensor
-        positions = [
-            self.encoder_positions.upto(int(lengths.max()) - 1),
-            self.decoder_positions.upto(config.max_length - 1),
-        ]
-        found = {
-            "sequences": torch.full((sentences, returned, config.max_length), job.fill),
-            "scores": torch.empty(sentences, returned, dtype=torch.float32),
-            "lengths": torch.empty(sentences, returned, dtype=torch.long),
-            "lineage": torch.full((sentences, returned, new_tokens), -1, dtype=torch.int32),
-        }
-        given = {
-            "source": ids.long(),
-            "source_starts": starts,
-            "encoder_positions": positions[0].float(),
-            "decoder_positions": positions[1].float(),
-            "prefix": job.input_ids.long(),
-            "eos": eos if eos is None else eos.long(),
-            "length_penalties": torch.tensor(penalties, dtype=torch.float32),
-        }
-        given = {name: tensor if tensor is None else tensor.contiguous() for name, tensor in given.items()}
+        given, found = self._given(job), _places(job, returned)
         native = Job(
             sentences=sentences,
             threads=torch.get_num_threads(),
-            encoder_position_count=len(positions[0]),
-            decoder_position_count=len(positions[1]),
+            encoder_position_count=len(given["encoder_positions"]),
+            decoder_position_count=len(given["decoder_positions"]),
             prefix_length=prefix_length,
             max_length=config.max_length,
             min_length=job.minimum_length,
-            eos_count=0 if eos is None else len(eos),
+            eos_count=len(given["eos"]),
             beams=beams,
             early_stopping={False: 0, True: 1, "never": 2 if config.length_penalty > 0.0 else 0}[config.early_stopping],
             returned=returned,
-            **{name: None if tensor is None else tensor.data_ptr() for name, tensor in (given | found).items()},
+            **{name: tensor.data_ptr() for name, tensor in (given | found).items()},
             **{name: ctypes.cast(function, ctypes.c_void_p) for name, function in _INTERPRETER.items()},
         )
         # A KeyboardInterrupt is raised here.
@@ -176,6 +150,40 @@ class NativeTransformer:
             return beam_outputs(job, found["sequences"], found["scores"], found["lengths"], found["lineage"])
         sequences = found["sequences"][:, 0, : int(found["lengths"].max())]
         return GenerateEncoderDecoderOutput(sequences=sequences) if config.return_dict_in_generate else sequences
+
+    def _given(self, job: SearchJob) -> dict[str, torch.Tensor]:
+        """What the program reads of a search: sources without padding, prefixes, positions, penalties, ends."""
+        config, ids, mask = job.config, job.source, job.source_mask
+        if mask is None:
+            lengths = torch.full((len(ids),), ids.shape[1])
+        else:
+            lengths, ids = mask.bool().sum(dim=1), ids[mask.bool()]
+        new_tokens = config.max_length - job.input_ids.shape[1]
+        penalties = [1.0, *(job.options.length_penalty(n + 1, config.length_penalty) for n in range(new_tokens))]
+        # An id outside the vocabulary, such as -1 for outputs that never end, is never predicted.
+        eos = config._eos_token_tensor
+        eos = ids.new_empty(0) if eos is None else eos[(eos >= 0) & (eos < self.vocabulary)]
+        given = {
+            "source": ids.long(),
+            "source_starts": torch.cat([lengths.new_zeros(1), lengths.cumsum(dim=0)]),
+            "encoder_positions": self.encoder_positions.upto(int(lengths.max()) - 1),
+            "decoder_positions": self.decoder_positions.upto(config.max_length - 1),
+            "prefix": job.input_ids.long(),
+            "eos": eos.long(),
+            "length_penalties": torch.tensor(penalties, dtype=torch.float32),
+        }
+        return {name: tensor.contiguous() for name, tensor in given.items()}
+
+
+def _places(job: SearchJob, returned: int) -> dict[str, torch.Tensor]:
+    """Where the program writes what it finds: `returned` outputs of each sentence."""
+    (sentences, prefix_length), longest = job.input_ids.shape, job.config.max_length
+    return {
+        "sequences": torch.full((sentences, returned, longest), job.fill),
+        "scores": torch.empty(sentences, returned, dtype=torch.float32),
+        "lengths": torch.empty(sentences, returned, dtype=torch.long),
+        "lineage": torch.full((sentences, returned, longest - prefix_length), -1, dtype=torch.int32),
+    }
 
 
 def _weights_in_order(model: Any) -> Sequence[torch.Tensor | None]:

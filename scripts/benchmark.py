@@ -494,12 +494,29 @@ def take_turns(
     return reports
 
 
+def why_not_held(argv: list[str], folder: Path, contender: Contender) -> str | None:
+    """What of the recipe's network Marian C++ does not have, in words; None if it has all."""
+    from transformers import AutoTokenizer
+
+    from vanilla_transformer.conversion.marian_npz import marian_options
+    from vanilla_transformer.training.train import build_model
+
+    if contender.side != "Marian C++":
+        return None
+    try:
+        marian_options(build_model(parse(argv), AutoTokenizer.from_pretrained(folder / "tokenizer")).config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def compare_speed(
     cell: str, recipe: list[str], folder: Path, options: argparse.Namespace, found: list[Contender]
 ) -> dict[str, Any]:
     """Rounds in which each contender takes its turn after the machine's ceilings are measured."""
     warmup, updates = options.warmup or CELLS[cell].warmup, options.updates or CELLS[cell].updates
     orders = {"max_steps": warmup + options.rounds * updates, "warmup": warmup, "updates": updates}
+    found = leave_out(found, partial(why_not_held, recipe, folder))
     # Batches of many shapes would be compiled again and again.
     found = [contender for contender in found if not (contender.compiled and cell == "tiny")]
     ceilings: dict[str, list[float]] = {contender.dtype: [] for contender in found}

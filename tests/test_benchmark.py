@@ -213,6 +213,22 @@ class TestWhatTheMachineLacks:
         with pytest.raises(UserError, match="no contender is left"):
             BENCHMARK.leave_out([BENCHMARK.Contender("ours", "int8")], lambda _: "it is broken")
 
+    @pytest.mark.parametrize(
+        ("fields", "reason"),
+        [
+            ("", None),
+            ("--normalize_before true", "normalize_before=True"),
+            ("--activation_function gelu", "activation_function='gelu'"),
+            ("--encoder_attention_heads 2", "encoder_attention_heads=2"),
+        ],
+    )
+    def test_marian_trains_no_other_network_than_the_recipe_s(self, fields, reason, tmp_path):
+        BENCHMARK.word_tokenizer(50).save_pretrained(tmp_path / "tokenizer")
+        recipe = ["multi30k_en_de_tiny.yaml", *BENCHMARK.TRAINING_ALONE, *FIELDS, *fields.split()]
+        found = BENCHMARK.why_not_held(recipe, tmp_path, BENCHMARK.Contender("Marian C++", "float32"))
+        assert found is None if reason is None else reason in found
+        assert BENCHMARK.why_not_held(recipe, tmp_path, BENCHMARK.Contender("ours", "float32")) is None
+
     def test_has_its_reason(self, monkeypatch):
         reason = {name: BENCHMARK.why_not_translated(it) for name, it in BENCHMARK.DECODERS.items()}
         assert reason["ours float32"] is reason["stock float32"] is reason["MarianMTModel float32"] is None

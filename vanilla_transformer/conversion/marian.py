@@ -85,7 +85,7 @@ def to_marian(model: VanillaTransformerForConditionalGeneration) -> MarianMTMode
             why.
     """
     config = model.config
-    _refuse_what_it_has_not(config)
+    refuse_what_marian_has_not(config)
     generation_config = _generation_config(model)
     shared = config.share_encoder_decoder_embeddings and config.tie_word_embeddings
     marian = MarianMTModel(
@@ -106,7 +106,11 @@ def to_marian(model: VanillaTransformerForConditionalGeneration) -> MarianMTMode
     return marian.train(model.training)
 
 
-def _refuse_what_it_has_not(config: VanillaTransformerConfig) -> None:
+def refuse_what_marian_has_not(config: VanillaTransformerConfig) -> None:
+    """
+    Raises:
+        ValueError: neither transformers' Marian nor the C++ program has such a network.
+    """
     if config.normalize_before:
         raise ValueError("Marian normalises after each sub-layer only, but normalize_before=True")
     if config.position_embedding_type != "sinusoidal":

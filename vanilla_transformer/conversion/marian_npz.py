@@ -18,7 +18,7 @@ import yaml
 
 from ..configuration_vanilla_transformer import VanillaTransformerConfig
 from ..modeling_vanilla_transformer import VanillaTransformerForConditionalGeneration
-from .marian import to_marian
+from .marian import refuse_what_marian_has_not, to_marian
 
 
 # In a layer: our module, and Marian's weight and bias.
@@ -87,6 +87,7 @@ def marian_options(config: VanillaTransformerConfig) -> dict[str, Any]:
     Raises:
         ValueError: Marian has nothing for a setting.
     """
+    refuse_what_marian_has_not(config)
     if config.activation_function not in ACTIVATIONS:
         raise ValueError(f"Marian has no activation_function={config.activation_function!r}: use relu or silu")
     heads = config.encoder_attention_heads, config.decoder_attention_heads

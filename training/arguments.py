@@ -24,6 +24,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from vanilla_transformer.inference_vanilla_transformer import is_native
 
+from .threads import fit_threads
+
 
 logger = logging.getLogger(__name__)
 
@@ -402,6 +404,7 @@ class Recipe(NamedTuple):
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Runs a program; what its user got wrong ends it with one line and exit status 2, not with a traceback."""
+    fit_threads()
     try:
         main(argv)
     except (UserError, StrictDataclassError) as error:

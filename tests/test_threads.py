@@ -1,0 +1,74 @@
+"""The number of threads by the cgroup's quota, as other processes find it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vanilla_transformer.training.threads import cpu_quota
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "quota"),
+    [
+        ("0::/", {}, None),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+        # The host's path, in a container that sees its own part alone.
+        ("0::/docker/0123", {"cpu.max": "300000 100000"}, 3),
+        ("4:cpu,cpuacct:/a\n2:memory:/b", {"cpu/a/cpu.cfs_quota_us": "25000", "cpu/a/cpu.cfs_period_us": "10000"}, 2.5),
+        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, None),
+    ],
+)  # fmt: skip
+def test_the_quota_is_the_least_of_the_cgroups_above_the_process(tmp_path, own, files, quota):
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    assert cpu_quota(tmp_path / "cgroup", tmp_path / "own") == quota
+
+
+def test_without_cgroups_there_is_no_quota(tmp_path):
+    assert cpu_quota(tmp_path, tmp_path / "missing") is None
+
+
+def answer(program: str, **environment: str) -> str:
+    """What another process prints, with these variables and none of OpenMP's own."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, env={**inherited, **environment}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+FITTED = """
+import torch
+from vanilla_transformer.training import threads
+threads.cpu_quota = lambda: 0.5
+threads.fit_threads()
+print(torch.get_num_threads())
+"""
+
+
+def test_threads_are_as_many_as_the_quota_holds():
+    assert answer(FITTED) == "1"
+
+
+def test_the_user_s_own_number_of_threads_stays():
+    torchs_own = answer("import torch; print(torch.get_num_threads())", OMP_NUM_THREADS="2")
+    assert answer(FITTED, OMP_NUM_THREADS="2") == torchs_own
+
+
+def test_a_program_fits_its_threads():
+    program = """
+import torch
+from vanilla_transformer.training import threads
+from vanilla_transformer.training.arguments import run_program
+threads.cpu_quota = lambda: 0.5
+run_program(lambda _: print(torch.get_num_threads()), [])
+"""
+    assert answer(program) == "1"

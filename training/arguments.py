@@ -4,13 +4,16 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import logging
 import math
+import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import sacrebleu
 import torch
@@ -33,6 +36,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What can choose the best checkpoint, and whether more of it is better.
 BEST_METRICS = {"bleu": True, "chrf": True, "ter": False, "exact_match": True, "loss": False, "perplexity": False}
+
+# What a file system refuses, for no fault of the program.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED_BY_SYSTEM = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -403,18 +410,59 @@ class Recipe(NamedTuple):
 
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Runs a program; what its user got wrong ends it with one line and exit status 2, not with a traceback."""
+    """
+    Runs a program as people at a shell expect it to end.
+
+    What its user got wrong, and what the file system refuses, ends it with one line and exit status 2. Ctrl-C ends it
+    with one line and 130, a pipe that nobody reads any more (`| head -1`) without a word and with 141.
+    """
+    _prepare_streams()
     fit_threads()
     try:
         main(argv)
+        sys.stdout.flush()
     except (UserError, StrictDataclassError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _end(130, "\ninterrupted")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, BrokenPipeError) and (_is_unread(1) or _is_unread(2)):
+            _end(141)
+        if error.errno not in REFUSED_BY_SYSTEM:
             raise
-        print(f"error: the disk is full: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(2, f"error: {'the disk is full: ' if error.errno in FULL else ''}{error}")
+
+
+def _prepare_streams() -> None:
+    """
+    Opens the standard streams that the caller has closed on the null device, since libraries write to them; Python's
+    own `sys.__stdout__` stays None. Characters that the terminal's encoding lacks are written as escapes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether this is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _end(status: int, message: str | None = None) -> NoReturn:
+    """Ends the program. What can no longer be written is dropped, where Python would complain of it."""
+    for descriptor, stream, text in ((1, sys.stdout, None), (2, sys.stderr, message)):
+        try:
+            if text is not None:
+                print(text, file=stream)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    raise SystemExit(status)
 
 
 def parse_recipe(argv: list[str]) -> Recipe:

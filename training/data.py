@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import reprlib
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
+
+from vanilla_transformer.loading_vanilla_transformer import text_fault
 
 from .arguments import DataArguments, UserError, check_numbers
 from .bpe_dropout import WORDS, word_lengths
@@ -35,6 +38,8 @@ Columns = dict[str, Sequence[Any]]
 SPLITS = ("train", "validation", "test")
 SIDES = ("source", "target")
 PHRASEBOOK = "phrasebook:"
+# Characters of the names that a message lists, at most.
+LISTED = 300
 # Compact: 32 bits for a token, where the default of `datasets` takes 64.
 ENCODED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
@@ -78,7 +83,7 @@ def expand_path(path: str, folder: str | None = None) -> Path:
     for name in re.findall(r"\$\{?(\w+)", path):
         if name not in os.environ:
             raise DataError(f"${name} is not set: {path!r} needs this environment variable")
-    expanded = Path(os.path.expandvars(path)).expanduser()
+    expanded = Path(os.path.expanduser(os.path.expandvars(path)))
     return expand_path(folder) / expanded if folder else expanded
 
 
@@ -136,7 +141,7 @@ def _check_arguments(data: DataArguments) -> None:
     check_numbers(data, DataError)
     if not 0 <= data.bpe_dropout <= 1:
         raise DataError(f"bpe_dropout={data.bpe_dropout} must lie between 0 and 1: it is a probability")
-    if data.max_length_ratio is not None and data.max_length_ratio < 1:
+    if data.max_length_ratio is not None and not data.max_length_ratio >= 1:
         raise DataError(
             f"max_length_ratio={data.max_length_ratio} must be at least 1: it is the tokens of the longer side over "
             "those of the shorter"
@@ -241,23 +246,27 @@ def _csv_rows(path: Path, **form: Any) -> Iterator[tuple[int, dict[str, str]]]:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
 
 
+def is_json_list(path: Path) -> bool:
+    """Whether a JSON file is one list, which may begin after blank lines, rather than a row on each line."""
+    return next((line for line in read_lines(path) if line.strip()), "").lstrip().startswith("[")
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     One object per line, or one list of objects (which is read whole, and its objects numbered).
 
     `datasets` would read text that looks like a date as a time, and its errors tell no line.
     """
-    lines = read_lines(path)
-    first = next(lines, "")
     rows: Iterable[tuple[int, Any]]
-    if first.startswith("["):
-        unit, rows = "row", enumerate(_parse_json("\n".join([first, *lines]), path), 1)
+    if is_json_list(path):
+        unit, rows = "row", enumerate(_parse_json("\n".join(read_lines(path)), path), 1)
     else:
-        numbered = enumerate(chain([first], lines), 1)
-        unit, rows = "line", ((number, _parse_json(line, path, number)) for number, line in numbered if line.strip())
+        lines = enumerate(read_lines(path), 1)
+        unit, rows = "line", ((number, _parse_json(line, path, number)) for number, line in lines if line.strip())
     for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{path}, {unit} {number}: must be an object with a source and a target, not {row!r}")
+            found = reprlib.repr(row)
+            raise DataError(f"{path}, {unit} {number}: must be an object with a source and a target, not {found}")
         if isinstance(row.get("translation"), dict):
             row.update({f"translation.{language}": text for language, text in row.pop("translation").items()})
         yield number, row
@@ -268,6 +277,8 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {first_line + error.lineno - 1}: this is not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of lists in each other
+        raise DataError(f"{path}, line {first_line}: this cannot be read ({error})") from error
 
 
 def read(name: str | Path, load: Callable, *args: Any, **options: Any) -> Any:
@@ -293,8 +304,8 @@ def _clean(columns: Columns, split: str, data: DataArguments, report: FilterRepo
     sources, targets = (columns[name][:limit] for name in choose_columns(list(columns), split, data))
     for index, pair in enumerate(zip(sources, targets, strict=True)):
         for side, text in zip(SIDES, pair, strict=True):
-            if not isinstance(text, str):
-                raise DataError(f"{split}, row {index + 1}: the {side} is {text!r}, and must be text")
+            if fault := text_fault(text):
+                raise DataError(f"{split}, row {index + 1}: the {side} {fault}")
     features = Features({side: Value("string") for side in SIDES})
     pairs = read(split, Dataset.from_dict, {"source": sources, "target": targets}, features=features)
     tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty}
@@ -339,7 +350,9 @@ def _log(report: FilterReport) -> None:
 
 
 def _listed(names: Any) -> str:
-    return ", ".join(map(str, names))
+    listed = ", ".join(map(str, names))
+    # The columns of a table without a head are texts.
+    return listed if len(listed) <= LISTED else f"{listed[:LISTED]}..."
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:

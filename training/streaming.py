@@ -24,9 +24,11 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from vanilla_transformer.loading_vanilla_transformer import text_fault
+
 from .arguments import DataArguments, UserError
 from .batching import TokenBudgetBatches
-from .data import SIDES, DataError, choose_columns, expand_path, read, read_lines, require_eos, table_rows
+from .data import SIDES, DataError, choose_columns, expand_path, is_json_list, read, read_lines, require_eos, table_rows
 from .filters import Tests, find_fault, length_limits, ratio_limit, text_tests
 
 
@@ -73,7 +75,7 @@ def _open_files(data: DataArguments) -> IterableDataset:
     if paths[0].suffix == ".parquet":
         rows = read(paths[0], load_dataset, "parquet", data_files=str(paths[0]), split="train", streaming=True)
         return _pairs_of(rows, str(paths[0]), data)
-    if next(iter(read_lines(paths[0])), "").startswith("["):
+    if is_json_list(paths[0]):
         raise DataError(f"{paths[0]}: a list cannot be streamed, since JSON has it end before it is read: give .jsonl")
     return IterableDataset.from_generator(table_pairs, gen_kwargs={"path": paths[0], "data": data})
 
@@ -121,8 +123,8 @@ def _pairs_of(rows: IterableDataset, place: str, data: DataArguments) -> Iterabl
 def _pair(row: dict[str, Any], names: tuple[str, ...], place: str) -> dict[str, str]:
     pair: dict[str, Any] = {side: row.get(name) for side, name in zip(SIDES, names, strict=True)}
     for side, text in pair.items():
-        if not isinstance(text, str):
-            raise DataError(f"{place}: the {side} is {text!r}, and must be text")
+        if fault := text_fault(text):
+            raise DataError(f"{place}: the {side} {fault}")
     return pair
 
 

@@ -1,5 +1,5 @@
 """What is refused where a model is loaded, because transformers would take it: shards from outside the folder, weights
-that are no numbers, and the tokenizer of another model.
+that are no numbers, and the tokenizer of another model. And texts that no tokenizer can read.
 
 transformers itself reads weights from safetensors, and a pickle only as plain tensors (`weights_only`), so that no code
 of a folder runs; it refuses shapes that differ from those of the config.
@@ -7,6 +7,7 @@ of a folder runs; it refuses shapes that differ from those of the config.
 
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,15 @@ def refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> N
         theirs, ours = getattr(tokenizer, name), getattr(config, name)
         if None not in (theirs, ours) and theirs not in (ours if isinstance(ours, list) else [ours]):
             raise ValueError(f"the tokenizer has {name}={theirs}, and the model {name}={ours}: {advice}")
+
+
+def text_fault(text: Any) -> str | None:
+    """What keeps a tokenizer from reading a text, in words that go on from its name; None if nothing does."""
+    if not isinstance(text, str):
+        return f"is {reprlib.repr(text)}, and must be text"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        return f"holds {found}, half of a surrogate pair, as its character {error.start + 1}, and must be Unicode text"
+    return None

@@ -1,6 +1,7 @@
 """The number of threads by the cgroup's quota, as other processes find it."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -72,3 +73,20 @@ threads.cpu_quota = lambda: 0.5
 run_program(lambda _: print(torch.get_num_threads()), [])
 """
     assert answer(program) == "1"
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="torch brings GNU's OpenMP, which reads GOMP_SPINCOUNT, on Linux only"
+)
+@pytest.mark.parametrize(
+    ("environment", "turns"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+    ids=["ours", "the user's own number", "the user's own policy"],
+)
+def test_openmp_reads_how_long_a_thread_may_spin(environment, turns):
+    """By OpenMP's own words, which it writes when torch is loaded."""
+    settings = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    settings |= {"OMP_DISPLAY_ENV": "verbose"} | environment
+    program = [sys.executable, "-c", "import vanilla_transformer"]
+    told = subprocess.run(program, env=settings, capture_output=True, text=True, check=True).stderr
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", told)) == {turns}

@@ -3,6 +3,15 @@
 Importing the package registers it with transformers' Auto classes, and the task "translation" with its `pipeline()`.
 """
 
+import os
+
+
+# torch's OpenMP reads this when torch is loaded, so it comes before the other imports. A thread that waits for another
+# one spins, by default for milliseconds. Where other processes keep a core busy, the threads then spin away the time
+# of the core that they wait for. After 3,000 turns, some microseconds, they sleep. What the user has set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
 

@@ -301,7 +301,8 @@ def _clean(columns: Columns, split: str, data: DataArguments, report: FilterRepo
     if not any(map(len, columns.values())):
         raise DataError(f"{split}: the data is empty, it has no rows")
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
-    sources, targets = (columns[name][:limit] for name in choose_columns(list(columns), split, data))
+    names = choose_columns(list(columns), split, data)
+    sources, targets = (_rows(columns[name], limit, side, split) for name, side in zip(names, SIDES, strict=True))
     for index, pair in enumerate(zip(sources, targets, strict=True)):
         for side, text in zip(SIDES, pair, strict=True):
             if fault := text_fault(text):
@@ -310,6 +311,19 @@ def _clean(columns: Columns, split: str, data: DataArguments, report: FilterRepo
     pairs = read(split, Dataset.from_dict, {"source": sources, "target": targets}, features=features)
     tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty}
     return _filter(pairs, tests, zip(sources, targets, strict=True), split, report)
+
+
+def _rows(column: Sequence[Any], limit: int | None, side: str, split: str) -> Sequence[Any]:
+    """The values of a column; one of parquet's may hold any bytes."""
+    try:
+        return column[:limit]
+    except UnicodeDecodeError:
+        for index in range(len(column)):
+            try:
+                column[index]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{split}, row {index + 1}: the {side} is not UTF-8 ({error})") from error
+        raise
 
 
 def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple[str, ...]:

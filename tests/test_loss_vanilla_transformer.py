@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel
 
+from vanilla_transformer import train_tokenizer
 from vanilla_transformer.loss_vanilla_transformer import CHUNK, label_smoothed_cross_entropy, projected_cross_entropy
 
 
@@ -174,7 +177,7 @@ def test_training_never_holds_the_logits_of_all_tokens(tiny_model, batch):
             return result
 
     model = tiny_model(vocab_size=997, dropout=0).train()
-    labels = batch["labels"].repeat(1, 60)  # 8 x 360, more than one chunk
+    labels = batch["labels"].clamp(min=3).repeat(1, 60)  # 8 x 360, more than one chunk
     with Watch():
         outputs = model(**batch | {"labels": labels})
         outputs.loss.backward()
@@ -215,3 +218,114 @@ def test_compiled_training_is_the_same_and_is_not_compiled_anew_for_each_length(
         counts.append(compiles.frame_count)
     assert counts[0] > 0
     assert counts[1:] == [counts[1]] * 4
+
+
+def moved_left(tokens: torch.Tensor, padding: int) -> torch.Tensor:
+    """The same rows, padded on the other side."""
+    rows = []
+    for row in tokens:
+        kept = row[row != padding]
+        rows.append(F.pad(kept, (len(row) - len(kept), 0), value=padding))
+    return torch.stack(rows)
+
+
+class TestPaddingOnTheLeft:
+    """A row means the same on whichever side it is padded: loss, gradients and scores."""
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "learned"}], ids=["sinusoids", "learned"])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_loss_and_gradients_are_those_of_padding_on_the_right(self, tiny_model, batch, attention, fields, training):
+        left = {
+            "input_ids": moved_left(batch["input_ids"], 0),
+            "attention_mask": moved_left(batch["attention_mask"], 0),
+            "labels": moved_left(batch["labels"], -100),
+        }
+        mask = (left["labels"] != -100).long()
+        found = []
+        for inputs in (batch, left, left | {"decoder_attention_mask": mask}, batch | {"labels": left["labels"]}):
+            model = tiny_model(attention=attention, dropout=0, **fields).double().train(training)
+            loss = model(**inputs).loss
+            loss.backward()
+            found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+        for other in found[1:]:
+            for expected, got in zip(found[0], other, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+    def test_a_compiled_model_sees_it_too(self, tiny_model, batch):
+        model = tiny_model(dropout=0, attention="eager").train()
+        compiled = torch.compile(model, backend="eager")
+        expected = model(**batch).loss
+        torch.testing.assert_close(compiled(**batch | {"labels": moved_left(batch["labels"], -100)}).loss, expected)
+        torch.testing.assert_close(compiled(**batch).loss, expected)
+
+    def test_score_takes_it_on_either_side(self, tiny_model, batch):
+        model = tiny_model().double()
+        right = model.score(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        left = model.score(batch["input_ids"], batch["attention_mask"], moved_left(batch["labels"], -100))
+        torch.testing.assert_close(left.sequence_log_probs, right.sequence_log_probs)
+
+    def test_a_gap_between_tokens_is_refused_unless_the_input_of_the_decoder_is_given(self, tiny_model):
+        model = tiny_model()
+        source, labels = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[5, 6, 2, -100], [5, -100, -100, 2]])
+        for call in (
+            lambda: model(input_ids=source, labels=labels),
+            lambda: model.prepare_decoder_input_ids_from_labels(labels),
+            lambda: model.score(source, labels=labels),
+        ):
+            with pytest.raises(ValueError, match="labels: row 1 has -100 between two tokens"):
+                call()
+        given = torch.tensor([[1, 5, 6, 2], [1, 5, 9, 9]])
+        logits = model(input_ids=source, decoder_input_ids=given).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(model(input_ids=source, decoder_input_ids=given, labels=labels).loss, expected)
+
+    def test_a_collator_that_pads_on_the_left_is_refused(self, tiny_model):
+        """Its `decoder_input_ids` alone would tell no padding."""
+        tokenizer = train_tokenizer(["some text"], 300)
+        tokenizer.padding_side = "left"
+        collator = DataCollatorForSeq2Seq(tokenizer, model=tiny_model(vocab_size=300))
+        with pytest.raises(ValueError, match=r"labels are padded on the left: .*tokenizer.padding_side"):
+            collator([{"input_ids": [5, 2], "labels": [5, 6, 2]}, {"input_ids": [5, 2], "labels": [5, 2]}])
+
+
+class TestOutputsByNumber:
+    """Where training leaves the logits out, nothing else may stand in their place."""
+
+    @pytest.mark.parametrize("place", [1, -1, slice(1, None), slice(None)], ids=str)
+    def test_training_without_logits_has_nothing_behind_the_loss(self, tiny_model, batch, place):
+        outputs = tiny_model().train()(**batch)
+        assert outputs[0] is outputs.loss is outputs["loss"]
+        assert outputs.encoder_last_hidden_state is not None
+        with pytest.raises(ValueError, match="without logits: give return_logits=True"):
+            outputs[place]
+        with pytest.raises(ValueError, match="without logits: give return_logits=True"):
+            outputs.to_tuple()
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("by_config", [True, False])
+    def test_a_tuple_has_the_places_of_marians(self, tiny_model, batch, training, by_config):
+        model = tiny_model(dropout=0).train(training)
+        expected = model(**batch, return_logits=True)
+        ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2}
+        sizes = {"vocab_size": 61, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+        marian = MarianMTModel(MarianConfig(**sizes, **ids)).train(training)
+        places = list(marian(**batch))
+        if by_config:
+            model.config.return_dict = False
+            outputs = model(**batch)
+            assert model.score(**batch).tokens.tolist() == [4, 6, 1, 5, 3, 2, 6, 1]
+        else:
+            outputs = model(**batch, return_dict=False)
+        assert type(outputs) is tuple
+        assert len(outputs) == len(places)
+        for got, name in zip(outputs, places, strict=True):
+            torch.testing.assert_close(got, expected[name])
+
+    def test_what_distributed_training_does_to_outputs_keeps_them(self, tiny_model, batch):
+        outputs = tiny_model().train()(**batch)
+        doubled = tree_map(lambda tensor: tensor * 2, outputs)
+        assert type(doubled) is type(outputs)
+        torch.testing.assert_close(doubled.loss, outputs.loss * 2)
+        with pytest.raises(ValueError, match="without logits"):
+            doubled[1]

@@ -12,11 +12,41 @@ IGNORE_INDEX = -100
 CHUNK = 256
 
 
-def shift_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """The decoder's input for these labels, one position later: `[start, y_1, ..., y_{T-1}]` (Figure 1), `[B, T]`."""
-    shifted = labels.roll(1, dims=-1)
-    shifted[:, 0] = decoder_start_token_id
-    return shifted.masked_fill(shifted == IGNORE_INDEX, pad_token_id)
+def decoder_inputs(
+    labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    What the decoder reads to predict these labels: the tokens one position later, `[start, y_1, ..., y_{T-1}]`
+    (Figure 1). In a row that is padded on the left, they start where its tokens do.
+
+    Args:
+        labels: ids of the true tokens, -100 before the first and after the last one, `[B, T]`.
+        pad_token_id: stands in place of -100.
+        decoder_start_token_id: stands before the first token of each row.
+
+    Returns:
+        The ids, `[B, T]`, and their mask, 1 from the start token on, `[B, T]`. None where no row is padded on the left.
+
+    Raises:
+        ValueError: -100 stands between the tokens of a row, so that what the decoder would read there is not known.
+    """
+    token = labels != IGNORE_INDEX
+    first = token & (token.cumsum(dim=1) == 1)
+    ids = labels.roll(1, dims=1)
+    ids[:, 0] = pad_token_id
+    ids = ids.masked_fill(ids == IGNORE_INDEX, pad_token_id).masked_fill(first, decoder_start_token_id)
+    after_padding = token[:, 1:] & ~token[:, :-1]
+    # A compiled graph cannot look at values. It is given the mask in any case.
+    if not torch.compiler.is_compiling():
+        if not after_padding.any():
+            return ids, None
+        several = after_padding.sum(dim=1) + token[:, 0] > 1
+        if several.any():
+            raise ValueError(
+                f"labels: row {several.long().argmax()} has {IGNORE_INDEX} between two tokens, where the decoder needs "
+                "the true one as its input: pad at the ends only, or call the model with decoder_input_ids"
+            )
+    return ids, (token.cumsum(dim=1) > 0).long()
 
 
 def label_smoothed_cross_entropy(

@@ -32,8 +32,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
+from .inference_vanilla_transformer import know
 from .loading_vanilla_transformer import GuardedLoading
-from .loss_vanilla_transformer import label_smoothed_cross_entropy, projected_cross_entropy, shift_right
+from .loss_vanilla_transformer import decoder_inputs, label_smoothed_cross_entropy, projected_cross_entropy
 from .operations_vanilla_transformer import Dropout, Linear, cast_once, fast_dropout
 from .scoring_vanilla_transformer import VanillaTransformerScoringMixin
 
@@ -525,7 +526,7 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
             ValueError: both or neither of ids and embeddings were given for one side.
         """
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **kwargs)
+            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         decoder_outputs = self.decoder(
@@ -537,6 +538,7 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -548,6 +550,24 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class OutputWithoutLogits(Seq2SeqLMOutput):
+    """What training gives. By number only the loss can be had: all others would stand in the place of the logits."""
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return self.loss if key == 0 else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        """
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "training with labels gives the loss without logits: give return_logits=True, or ask for outputs by name"
         )
 
 
@@ -583,10 +603,20 @@ class VanillaTransformerForConditionalGeneration(
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """The decoder's input for these labels, `[B, T]`: what transformers' collators ask for."""
-        return shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+        """
+        The decoder's input for these labels, `[B, T]`: what transformers' collators ask for.
 
-    @can_return_tuple
+        Raises:
+            ValueError: the labels are padded on the left, which ids alone cannot tell the decoder.
+        """
+        ids, mask = decoder_inputs(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+        if mask is not None:
+            raise ValueError(
+                "labels are padded on the left: pad them on the right (tokenizer.padding_side), or give the model no "
+                "decoder_input_ids"
+            )
+        return ids
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -602,25 +632,33 @@ class VanillaTransformerForConditionalGeneration(
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool = False,
+        return_dict: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqLMOutput | tuple:
         """
         Takes what `VanillaTransformerModel.forward` takes, and:
 
         Args:
             labels: true target tokens, `[B, T]`, -100 where none is to be predicted. They are shifted right to make
-                the decoder's input, unless that is given.
+                the decoder's input, unless that is given. Padding on either side changes nothing.
             num_items_in_batch: target tokens of the whole update, which divide the loss. Default: those in `labels`.
-            return_logits: whether training with `labels` gives logits too; the loss alone is faster without them.
+            return_logits: whether training with `labels` gives logits too; the loss alone is faster without them, and
+                `outputs[1]` is then an error.
+            return_dict: False makes the outputs a tuple, always with logits: places in it are counted. Default:
+                `config.return_dict`.
 
         Returns:
             `loss` in nats per token (smoothed by `config.label_smoothing` in training mode only), `logits` `[B, T, V]`,
             and the outputs of `VanillaTransformerModel`.
         """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+                decoder_input_ids, mask = decoder_inputs(
+                    labels, self.config.pad_token_id, self.config.decoder_start_token_id
+                )
+                decoder_attention_mask = mask if decoder_attention_mask is None else decoder_attention_mask
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -632,19 +670,26 @@ class VanillaTransformerForConditionalGeneration(
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
-        hidden, head, logits, loss = outputs.last_hidden_state, self.lm_head, None, None
+        hidden, head = outputs.last_hidden_state, self.lm_head
         smoothing = self.config.label_smoothing if self.training else 0.0
+        # The base model's outputs under their own names, with its last state replaced by what is predicted from it.
+        recorded = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         # A head that something has wrapped, split up or moved away (LoRA, quantisation, tensor parallelism, a device
         # map) is called as it is.
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
-        if self.training and labels is not None and not return_logits and plain:
+        if self.training and labels is not None and plain and return_dict and not return_logits:
             loss = projected_cross_entropy(hidden, head.weight, head.bias, labels, smoothing, num_items_in_batch)
-        else:
-            logits = head(hidden)  # [B, T, V]
-            if labels is not None:
-                loss = label_smoothed_cross_entropy(logits, labels, smoothing, num_items_in_batch)
-        # The base model's outputs under their own names, with its last state replaced by what is predicted from it.
-        recorded = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **recorded)
+            return OutputWithoutLogits(loss=loss, **recorded)
+        logits, loss = head(hidden), None  # [B, T, V]
+        if labels is not None:
+            loss = label_smoothed_cross_entropy(logits, labels, smoothing, num_items_in_batch)
+        result = Seq2SeqLMOutput(loss=loss, logits=logits, **recorded)
+        return result if return_dict else result.to_tuple()
+
+
+# What `generate()` computes by faster code than these modules, while their methods are those that stand here.
+know(MultiHeadAttention, SinusoidalPositions, LearnedPositions, EncoderLayer, DecoderLayer, Encoder, Decoder)
+know(VanillaTransformerModel, VanillaTransformerForConditionalGeneration)

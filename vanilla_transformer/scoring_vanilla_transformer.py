@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .loss_vanilla_transformer import CHUNK, IGNORE_INDEX
+from .loss_vanilla_transformer import CHUNK, IGNORE_INDEX, decoder_inputs
 
 
 @dataclass
@@ -282,24 +282,26 @@ class VanillaTransformerScoringMixin(GenerationMixin):
             raise ValueError("labels is missing: give the target tokens, [B, T]")
         self._check(input_ids, attention_mask, labels)
         input_ids, labels = input_ids.to(self.device), labels.to(self.device)
-        begun, counted = self._target_places(labels)
-        # Where padding is on the left, the start stands before the first token, not in the first column.
-        decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        decoder_input_ids[_first(begun)] = self.config.decoder_start_token_id
+        counted = self._target_places(labels)
+        labels = labels.masked_fill(~counted, IGNORE_INDEX)
+        decoder_input_ids, decoder_attention_mask = decoder_inputs(
+            labels, self.config.pad_token_id, self.config.decoder_start_token_id
+        )
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=self._source_mask(input_ids, attention_mask),
             decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=begun.long(),
+            decoder_attention_mask=decoder_attention_mask,
             use_cache=False,
+            return_dict=True,
             **kwargs,
         )
         # A model spread over devices ends on another than it begins.
         device = outputs.last_hidden_state.device
         return outputs, labels.to(device), counted.to(device)
 
-    def _target_places(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the first token on, and the tokens that count, both `[B, T]`."""
+    def _target_places(self, labels: torch.Tensor) -> torch.Tensor:
+        """The tokens that count, `[B, T]`."""
         start = self.config.decoder_start_token_id
         token = (labels != IGNORE_INDEX) & (labels != self.config.pad_token_id)
         begun = token.cumsum(dim=1) > 0
@@ -311,11 +313,11 @@ class VanillaTransformerScoringMixin(GenerationMixin):
         if not counted.any(dim=1).all():
             row = counted.any(dim=1).long().argmin()
             raise ValueError(f"labels: row {row} holds no token; even an empty translation has its end of sentence")
-        if (labels[_first(begun)] == start).all() and start not in self._eos_ids():
+        if (labels[counted & (counted.cumsum(dim=1) == 1)] == start).all() and start not in self._eos_ids():
             raise ValueError(
                 f"labels begin with decoder_start_token_id={start}: leave it out, as in generate(...)[:, 1:]"
             )
-        return begun, counted
+        return counted
 
     def _log_probs(self, hidden_states: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the labels that count, 0 elsewhere, `[B, T]`; few rows of logits exist at a time."""
@@ -369,10 +371,6 @@ def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         raise ValueError(f"{name} holds id {outside[0]}, outside the vocabulary: its ids are 0 to {vocab_size - 1}")
-
-
-def _first(begun: torch.Tensor) -> torch.Tensor:
-    return begun.cumsum(dim=1) == 1
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:

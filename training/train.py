@@ -267,12 +267,14 @@ def attention(recipe: Recipe) -> str | None:
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
     """A model of the recipe's sizes, with the tokenizer's ids."""
+    # A tokenizer of T5's kind has no bos. The decoder then starts with padding, as T5's and Marian's do.
+    start = tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     config = VanillaTransformerConfig(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=start,
         attn_implementation=attention(recipe),
         **recipe.model.config_fields(),
     )

@@ -21,7 +21,7 @@ from .constraints_vanilla_transformer import ForbiddenPhrases, RequiredPhrases
 from .inference_vanilla_transformer import (
     PackedTransformer,
     copy_of,
-    parameters_of_plain_modules,
+    inspect_model,
     resolve_compute_type,
 )
 from .native_vanilla_transformer import NativeTransformer, why_not_compiled, why_not_searched
@@ -85,6 +85,12 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         # Or transformers would save options of ours with the others, but not load them.
         self.generation_config._from_model_config = False
 
+    def adjust_generation_fn(self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any) -> None:
+        """What `from_pretrained` does at its end: without a `generation_config.json` the defaults are the paper's."""
+        super().adjust_generation_fn(generation_config, *args, **kwargs)
+        if self.generation_config._from_model_config:
+            self._set_paper_defaults()
+
     @torch.no_grad()
     def generate(
         self,
@@ -140,10 +146,10 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         options = _options(config, length_penalty_form, coverage_penalty)
         sentences = _sentences(inputs, model_inputs)
         reason = self._why_not_here(config, model_inputs, sentences, kwargs)
-        parameters = parameters_of_plain_modules(self) if reason is None else None
-        if sentences is None or parameters is None:
+        parameters, unknown = inspect_model(self) if reason is None else ([], None)
+        if sentences is None or (reason := reason or unknown):
             _refuse_in_stock_loops(
-                reason := reason or "layers that are not torch's own, or differ in dtype or device",
+                reason,
                 compute_type=compute_type is not None,
                 length_penalty_form=options.length_penalty_form != "power",
                 coverage_penalty=options.coverage_penalty != 0.0,
@@ -349,9 +355,12 @@ def _member(model: Any, other: Any, number: int) -> list[torch.Tensor]:
             raise ValueError(
                 f"ensemble: model {number} has {field}={theirs} and this one {ours}: an ensemble needs one vocabulary"
             )
-    parameters = parameters_of_plain_modules(other)
-    if parameters is None or other.training:
-        raise ValueError(f"ensemble: model {number} must be in evaluation mode, with torch's own layers on one device")
+    parameters, unknown = inspect_model(other)
+    if unknown:
+        raise ValueError(
+            f"ensemble: model {number} must be in evaluation mode, with this package's own layers on one device, and "
+            f"has {unknown}"
+        )
     return parameters
 
 

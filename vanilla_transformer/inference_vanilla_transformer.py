@@ -11,23 +11,27 @@
 Sizes in the comments: B sentences, W beams (or samples) of each, S source tokens, N cached target tokens, H heads.
 """
 
+import os
 import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from torch.nn.modules import module as torch_module
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2CLS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .loading_vanilla_transformer import refuse_lost_weights
-from .operations_vanilla_transformer import FEW_PRODUCTS, Linear
+from .operations_vanilla_transformer import FEW_PRODUCTS, Dropout, Linear
 
 
 logger = logging.get_logger(__name__)
@@ -36,10 +40,8 @@ COMPUTE_TYPES = ("float32", "bfloat16", "int8")
 # A product over fewer is not faster in int8, whose states must be rounded first and whose sums must be scaled.
 FEW_INPUTS = 512
 
-# The modules whose work is known here. One that something has wrapped (LoRA, quantisation, parallelism) is not.
+# What holds weights. A layer that something has wrapped (LoRA, quantisation, parallelism) is of another class.
 _PLAIN = (nn.Linear, Linear, nn.Embedding, nn.LayerNorm)
-# The hooks that transformers leaves in a model that was once asked for its attention weights do nothing here.
-_CAPTURING = "transformers.utils.output_capturing"
 _PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -148,8 +150,10 @@ def _packed_in_8_bits(weight: torch.Tensor) -> Any:
     """The weights `[out, in]` as FBGEMM reads them."""
     with warnings.catch_warnings(), _packing_by_fbgemm():
         warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
-        zeros = torch.zeros(len(weight), dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, _scales(weight).double(), zeros, 0, torch.qint8)
+        scales = _scales(weight).double()
+        quantized = torch.quantize_per_channel(
+            weight, scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8
+        )
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
@@ -164,24 +168,20 @@ def _state_bits() -> int:
     VNNI), which 2 * 255 * 127 does not fit into. Found by such a sum, so that instructions hidden from FBGEMM count.
     """
     inputs = 64
-    ones = torch.ones(1, inputs)
+    ones = torch.ones(1, inputs, dtype=torch.float32, device="cpu")
     found = _int8_product(ones, 1 / 255, 0, _packed_in_8_bits(ones))
     return 8 if abs(float(found) - inputs) < 0.01 else 7
-
-
-_quantized_engine = threading.Lock()
 
 
 @contextmanager
 def _packing_by_fbgemm() -> Iterator[None]:
     """Which library packs quantised weights is one setting for the process: it is put back."""
-    with _quantized_engine:
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            yield
-        finally:
-            torch.backends.quantized.engine = before
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def attend(
@@ -240,7 +240,7 @@ class TargetCache:
         self.length = 0
         self.keys = [torch.empty(rows, heads, 0, d_k, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.empty(rows, heads, 0, d_v, device=device, dtype=dtype) for _ in range(layers)]
-        self.mask = torch.empty(rows, 1, 0, device=device) if masked else None  # [B, W, N]
+        self.mask = torch.empty(rows, 1, 0, device=device, dtype=torch.float32) if masked else None  # [B, W, N]
 
     def make_room(self, width: int) -> None:
         """Before each step: opens a column for each of a row's `width` hypotheses."""
@@ -249,7 +249,7 @@ class TargetCache:
         if self.mask is not None:
             rows, width, _ = self.mask.shape
             # A new column is seen by the hypothesis that it belongs to.
-            own = torch.full((width, width), float("-inf"), device=self.mask.device).fill_diagonal_(0.0)
+            own = self.mask.new_full((width, width), float("-inf")).fill_diagonal_(0.0)
             self.mask = torch.cat([self.mask, own.expand(rows, width, width)], dim=2)
         self.length += width
 
@@ -368,7 +368,7 @@ class _Layer:
         )
         self.out = pack_linear(*weight_and_bias(self_attn.out_proj), compute_type)
         self.self_norm = _norm(layer.self_attn_layer_norm)
-        fused = isinstance(layer.activation_fn, nn.ReLU)
+        fused = type(layer.activation_fn) is nn.ReLU
         self.activation = None if fused else layer.activation_fn
         self.fc1 = pack_linear(*weight_and_bias(layer.fc1), compute_type, relu=fused)
         self.fc2 = pack_linear(*weight_and_bias(layer.fc2), compute_type, positive=fused)
@@ -464,7 +464,7 @@ class PositionTable:
 
     def __init__(self, stack: Any):
         self.stack = stack
-        self.table = torch.empty(0, stack.config.d_model)
+        self.table = stack.embed_tokens.weight.new_empty(0, stack.config.d_model, dtype=torch.float32)
 
     def upto(self, last: int) -> torch.Tensor:
         """`[L, d_model]` with L above `last`."""
@@ -624,54 +624,168 @@ class _Copy:
 
 
 _COPIES: WeakKeyDictionary[PreTrainedModel, dict[Any, _Copy]] = WeakKeyDictionary()
+# One thread packs, and the others wait for what it makes.
+_packing = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _packing
+    _packing = threading.Lock()
+
+
+# A thread that packs is not in the child of a fork, and would never release the lock there.
+if os.name == "posix":
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def copy_of(model: PreTrainedModel, parameters: list[torch.Tensor], make: Callable, *arguments: Any) -> Any:
     """
-    `make(model, *arguments)`, made at the first use and again after the weights have changed.
+    `make(model, *arguments)`, made at the first use and again after the weights have changed. Threads may call it.
 
     Args:
-        parameters: what `parameters_of_plain_modules` finds.
+        parameters: what `inspect_model` finds.
         make: a class of packed weights, such as `PackedTransformer`.
 
     Raises:
         ValueError: there are weights that are no finite numbers.
     """
     copies, kind = _COPIES.setdefault(model, {}), (make, *arguments)
-    if kind not in copies or not copies[kind].is_of(parameters):
-        copies.pop(kind, None)
-        refuse_lost_weights(model)
-        copies[kind] = _Copy(make(model, *arguments), parameters)
-    return copies[kind].made
+    # Read once: another thread may take it out.
+    found = copies.get(kind)
+    if found is None or not found.is_of(parameters):
+        with _packing:
+            found = copies.get(kind)
+            if found is None or not found.is_of(parameters):
+                copies.pop(kind, None)
+                refuse_lost_weights(model)
+                copies[kind] = found = _Copy(make(model, *arguments), parameters)
+    return found.made
 
 
-def parameters_of_plain_modules(model: PreTrainedModel) -> list[torch.Tensor] | None:
+# The methods that decide what a module computes, and those that transformers' loops call of a model.
+_COMPUTING = ("__call__", "forward", "residual", "feed_forward", "embed", "_split_heads", "_keys_and_values")
+_LOOPING = (*(name for name, method in vars(GenerationMixin).items() if callable(method)), "_reorder_cache")
+# Functions around `forward` that compute nothing, by their module: accelerate's, which cast the inputs and outputs of a
+# model in training, and that of gradient checkpointing.
+_WRAPPERS = ("accelerate.utils.operations", "torch.amp.autocast_mode", "transformers.modeling_layers")
+# The hooks that transformers leaves in a model that was once asked for its attention weights do nothing here.
+_CAPTURING = "transformers.utils.output_capturing"
+
+# For each class that the engines know, its methods as they were then.
+_KNOWN: dict[type, dict[str, Any]] = {}
+
+
+def know(*classes: type) -> None:
+    """The engines compute what modules of these classes do, and of subclasses, with the methods of this moment."""
+    for each in classes:
+        names = [name for name in _COMPUTING if hasattr(each, name)]
+        if issubclass(each, GenerationMixin):
+            names += [name for name in _LOOPING if name != "generate"]
+        _KNOWN[each] = {name: getattr(each, name, None) for name in names}
+
+
+# They compute the same in training mode, in which new ones are.
+_WITHOUT_MODE = {*_PLAIN, nn.Identity, nn.ModuleList}
+_WITHOUT_MODE |= {each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()}
+know(*_WITHOUT_MODE, nn.Dropout, Dropout)
+
+
+def _known_methods(kind: type) -> dict[str, Any] | None:
+    return next((_KNOWN[base] for base in kind.__mro__ if base in _KNOWN), None)
+
+
+def _unwrapped(method: Any) -> Any:
+    """The function that a method calls in the end."""
+    while True:
+        method = getattr(method, "__func__", method)
+        home = getattr(method, "__globals__", {}).get("__name__") or type(method).__module__
+        if home not in _WRAPPERS:
+            return method
+        method = method.__wrapped__
+
+
+def _why_unknown_class(kind: type) -> str | None:
+    """Which of its methods is not known, in words; None if all are."""
+    known = _known_methods(kind)
+    if known is None:
+        return f"the class {kind.__name__}"
+    for name, method in known.items():
+        found = getattr(kind, name, None)
+        if found is not method and _unwrapped(found) is not _unwrapped(method):
+            return f"{kind.__name__}.{name}, which is not this package's own"
+    return None
+
+
+def _why_unknown_module(module: nn.Module) -> str | None:
+    """What a module of a known class does otherwise than others of its class, in words; None if nothing."""
+    if module.training and type(module) not in _WITHOUT_MODE:
+        return "training mode"
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
+        return "a hook"
+    for name, method in (_known_methods(type(module)) or {}).items():
+        if name in module.__dict__ and _unwrapped(module.__dict__[name]) is not _unwrapped(method):
+            return f"a {name} of its own"
+    return None
+
+
+def inspect_model(model: PreTrainedModel) -> tuple[list[torch.Tensor], str | None]:
     """
-    The model's parameters, if `PackedTransformer` computes what the model does: if all that holds weights is torch's
-    own, on one device, in one dtype that is packed; else None. Tied ones come as often as they are used.
+    Looks whether the engines compute what the model does: whether all modules are known, as `know` has it, nobody's
+    hook wants them to be called, and all weights are torch's own, on one device, in one dtype that is packed.
+
+    Returns:
+        The model's parameters, tied ones as often as they are used; and what is not known, in words, or None.
     """
     positions = (model.model.encoder.embed_positions, model.model.decoder.embed_positions)
     parameters: list[Any] = []
+    methods: dict[type, dict[str, Any]] = {}
     # torch's `modules()` takes three times as long, and this is done at each call of `generate()`.
     modules: list[nn.Module] = [model]
     for module in modules:
-        modules.extend(module._modules.values())  # type: ignore[arg-type]  # none of this model's is None
-        # A hook wants the module to be called; accelerate's moves its weights at each call.
-        if module._forward_hooks or module._forward_pre_hooks:
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(hook.__module__ != _CAPTURING for hook in hooks):
-                return None
-        if "_hf_hook" in module.__dict__:
-            return None
-        if own := module._parameters:
-            if type(module) not in _PLAIN and module not in positions:
-                return None
+        if module is None:
+            continue
+        kind, state, why = type(module), module.__dict__, None
+        if kind not in methods:
+            methods[kind], why = _known_methods(kind) or {}, _why_unknown_class(kind)
+        # Most modules are leaves, which have one method.
+        changed = "forward" in state or (state["_modules"] and not state.keys().isdisjoint(methods[kind]))
+        if changed or state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            why = why or _why_unknown_module(module)
+        if own := state["_parameters"]:
             parameters += own.values()
-    if set(map(type, parameters)) != {nn.Parameter}:
-        return None
+            if kind not in _PLAIN and module not in positions:
+                why = why or f"the class {kind.__name__}"
+        if why:
+            name = next(name for name, each in model.named_modules() if each is module)
+            return [], f"{why} ({name or 'the model'})"
+        modules.extend(state["_modules"].values())
+    return parameters, _why_unknown_weights(parameters) or _why_unknown_setting(model)
+
+
+def _why_unknown_weights(parameters: list[torch.Tensor]) -> str | None:
+    kinds = set(map(type, parameters))
+    if type(None) in kinds:
+        return "a layer without bias"
+    if kinds != {nn.Parameter}:
+        return "weights that are no plain tensors"
     dtypes, devices = {each.dtype for each in parameters}, {each.device for each in parameters}
-    alike = len(dtypes) == len(devices) == 1
-    return parameters if alike and dtypes.pop() in _PACKED_DTYPES else None
+    if len(devices) > 1:
+        return "weights on several devices"
+    if len(dtypes) > 1:
+        return "weights of several dtypes"
+    return None if dtypes <= set(_PACKED_DTYPES) else f"weights in {dtypes.pop()}"
+
+
+def _why_unknown_setting(model: PreTrainedModel) -> str | None:
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "a hook on all modules"
+    name = model.config._attn_implementation
+    attention: Any = ALL_ATTENTION_FUNCTIONS.get(name)  # none for "eager"
+    attention = attention.func if isinstance(attention, partial) else attention
+    if attention is not None and not attention.__module__.startswith("transformers."):
+        return f"the attention implementation {name!r}"
+    return None
 
 
 def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> str:

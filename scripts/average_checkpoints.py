@@ -5,8 +5,6 @@ configuration, way to decode and tokenizer are the last one's.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,23 +22,18 @@ def main(argv: list[str]) -> None:
     """Chooses, loads, averages, writes."""
     arguments = parse_arguments(argv)
     # Imported here, so that --help is instant.
-    from vanilla_transformer.training.averaging import AveragingError, load_average, refuse_different
+    from vanilla_transformer.training.averaging import load_average, refuse_different
     from vanilla_transformer.training.evaluate import load_model
+    from vanilla_transformer.training.report import new_folder
 
-    output = arguments.output_dir
-    if output.exists():
-        raise AveragingError(f"output_dir={output} exists: choose another, or delete it first")
     checkpoints = chosen(arguments)
     refuse_different(checkpoints)
-    model, tokenizer = load_model(str(checkpoints[-1]))
-    load_average(model, checkpoints)
-
-    beside = Path(f"{output}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    os.replace(beside, output)
-    print(f"the mean of {', '.join(map(str, checkpoints))}, saved in {output}")
+    with new_folder("output_dir", arguments.output_dir) as folder:
+        model, tokenizer = load_model(str(checkpoints[-1]))
+        load_average(model, checkpoints)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"the mean of {', '.join(map(str, checkpoints))}, saved in {arguments.output_dir}")
 
 
 def chosen(arguments: argparse.Namespace) -> list[Path]:

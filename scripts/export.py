@@ -7,8 +7,6 @@ and how it is used, is in docs/interoperability.md.
 
 import argparse
 import importlib.util
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,22 +27,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Checks, loads, writes beside, renames."""
+    """Checks, loads, writes."""
     arguments = parse_arguments(argv)
     # Imported here, so that --help is instant.
     from vanilla_transformer.training.arguments import UserError
     from vanilla_transformer.training.evaluate import load_model
+    from vanilla_transformer.training.report import new_folder
 
     refuse(arguments)
-    model, tokenizer = load_model(arguments.model)
-    beside = Path(f"{arguments.output}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        write(model, tokenizer, beside, arguments)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    tokenizer.save_pretrained(beside)
-    os.replace(beside, arguments.output)
+    with new_folder("output", arguments.output) as folder:
+        model, tokenizer = load_model(arguments.model)
+        try:
+            write(model, tokenizer, folder, arguments)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        tokenizer.save_pretrained(folder)
     print(f"{arguments.model} for {arguments.format}, saved in {arguments.output}")
 
 
@@ -53,12 +50,10 @@ def refuse(arguments: argparse.Namespace) -> None:
     Checks what can be checked before the model is loaded.
 
     Raises:
-        UserError: the output exists, a package is missing, or an option does not go with the format.
+        UserError: a package is missing, or an option does not go with the format.
     """
     from vanilla_transformer.training.arguments import UserError
 
-    if arguments.output.exists():
-        raise UserError(f"output={arguments.output} exists: choose another, or delete it first")
     package = FORMATS[arguments.format]
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(f"--format {arguments.format} needs the package {package}: pip install {package}")
@@ -81,7 +76,7 @@ def write(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Namespac
         from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
 
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        to_ctranslate2(model, tokens, folder, quantization=arguments.quantization)
+        to_ctranslate2(model, tokens, folder, quantization=arguments.quantization, force=True)
     elif arguments.format == "onnx":
         from vanilla_transformer.conversion.onnx import to_onnx
 

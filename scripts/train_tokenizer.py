@@ -27,26 +27,26 @@ def main(argv: list[str]) -> None:
     from transformers import HfArgumentParser
 
     from vanilla_transformer import train_tokenizer
-    from vanilla_transformer.training.arguments import DataArguments, TokenizerArguments
+    from vanilla_transformer.training.arguments import DataArguments, TokenizerArguments, UserError
     from vanilla_transformer.training.data import DataError, load_pairs, training_texts
 
     # 1. what to do
     groups: Any = (OutputArguments, TokenizerArguments, DataArguments)
     parser = HfArgumentParser(groups, description="Learns a tokenizer from the training split.")
     output, options, data = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    check(output, options)
+
+    # 2. the text
+    pairs = load_pairs(data)
+    if "train" not in pairs:
+        raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
+
+    # 3. its subwords
+    texts = training_texts(pairs["train"])
     try:
-        check(output, options)
-
-        # 2. the text
-        pairs = load_pairs(data)
-        if "train" not in pairs:
-            raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
-
-        # 3. its subwords
-        texts = training_texts(pairs["train"])
         tokenizer = train_tokenizer(texts, options.vocab_size, options.tokenizer_model, options.pretokenized)
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+        raise UserError(str(error)) from error
 
     # 4. a folder for AutoTokenizer
     tokenizer.save_pretrained(output.output_dir)
@@ -58,13 +58,15 @@ def main(argv: list[str]) -> None:
 
 
 def check(output: OutputArguments, options: "TokenizerArguments") -> None:
-    """Raises ValueError for what would be lost or ignored."""
+    """Raises UserError for what would be lost or ignored."""
+    from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.report import make_sure_of_folder
+
+    make_sure_of_folder("output_dir", output.output_dir)
     if Path(output.output_dir, "tokenizer.json").exists():
-        raise ValueError(
-            f"output_dir={output.output_dir} already holds a tokenizer: choose another, or delete it first"
-        )
+        raise UserError(f"output_dir={output.output_dir} already holds a tokenizer: choose another, or delete it first")
     if options.tokenizer:
-        raise ValueError(f"tokenizer={options.tokenizer} exists, and this program learns a new one: leave it out")
+        raise UserError(f"tokenizer={options.tokenizer} exists, and this program learns a new one: leave it out")
 
 
 def split_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[str]:
@@ -74,4 +76,6 @@ def split_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from vanilla_transformer.training.arguments import run_program
+
+    run_program(main, sys.argv[1:])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments
+from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, UserError
 from vanilla_transformer.training.averaging import AveragingError, last_checkpoints, load_average
 from vanilla_transformer.training.trainer import TranslationTrainer, callbacks, score_translations
 
@@ -126,7 +126,7 @@ def test_checkpoints_without_a_mean_are_refused(
     monkeypatch.chdir(run_folder)
     if "--output_dir" not in argv:
         argv += ["--output_dir", tmp_path / "mean"]
-    with pytest.raises(AveragingError) as refused:
+    with pytest.raises(UserError) as refused:
         average(*argv)
     assert all(part in str(refused.value) for part in message), refused.value
     assert not (tmp_path / "mean").exists()

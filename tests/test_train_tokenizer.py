@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from vanilla_transformer.training.arguments import run_program
+
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tokenizer.py"
 PHRASEBOOK = ["--dataset", "phrasebook:en-de", "--phrasebook_size", "500", "--vocab_size", "400"]
@@ -52,7 +54,7 @@ def test_help_lists_every_field():
 def test_a_mistake_ends_it_with_one_line(arguments, message, tmp_path, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--output_dir", str(tmp_path / "new")])
+        run_program(main, [*arguments, "--output_dir", str(tmp_path / "new")])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(message)

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -24,16 +26,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import cached_file
 
 from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
-from vanilla_transformer.loading_vanilla_transformer import refuse_lost_weights, refuse_other_tokenizer
+from vanilla_transformer.loading_vanilla_transformer import refuse_lost_weights, refuse_other_tokenizer, text_fault
 from vanilla_transformer.program_vanilla_transformer import load_if_possible
 
-from .arguments import DataArguments, UserError, check_bleu_tokenizer, check_numbers, run_program
+from .arguments import DataArguments, DecodingArguments, UserError, check_bleu_tokenizer, check_numbers, run_program
 from .batching import batch_sizes
 from .data import DataError, load_pairs
 from .metrics import TranslationMetrics
-from .report import write_beside
+from .report import make_sure_of_file, write_beside
 
 
 # Differences between weights and config.json that a message tells.
@@ -51,12 +55,15 @@ class EvaluationArguments:
     num_beams: int | None = field(default=None, metadata={"help": "width of the beam"})
     length_penalty: float | None = field(default=None, metadata={"help": "transformers' length_penalty"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "longest translation in tokens"})
-    bleu_tokenize: str = field(default="13a", metadata={"help": "sacrebleu's tokenizer for BLEU"})
+    bleu_tokenize: str | None = field(
+        default=None, metadata={"help": "sacrebleu's tokenizer for BLEU (default: that of the model's run, else 13a)"}
+    )
     output_file: str | None = field(default=None, metadata={"help": "write the scores here as JSON"})
 
     def __post_init__(self):
         check_numbers(self)
-        check_bleu_tokenizer(self.bleu_tokenize)
+        if self.bleu_tokenize is not None:
+            check_bleu_tokenizer(self.bleu_tokenize)
 
     def generation_options(self) -> dict:
         """The arguments of `generate()` that were given."""
@@ -169,7 +176,7 @@ def translate(
         One translation for each text, in the order of the texts.
 
     Raises:
-        DataError: a text is longer than learned positions reach.
+        DataError: a text is longer than learned positions reach, or holds half of a surrogate pair.
     """
     rows = encode(model, tokenizer, texts)
     with tqdm(total=len(rows), desc="translating", unit="lines", disable=None) as progress:
@@ -190,8 +197,11 @@ def encode(
         place: what an error calls the text of a number, from 1.
 
     Raises:
-        DataError: a text is longer than learned positions reach.
+        DataError: a text is longer than learned positions reach, or holds half of a surrogate pair.
     """
+    for number, text in enumerate(texts, start=1):
+        if fault := text_fault(text):
+            raise DataError(f"{place(number)} {fault}")
     ids = tokenizer(texts, return_attention_mask=False)["input_ids"]
     limit = model.config.max_position_embeddings
     if model.config.position_embedding_type == "learned":
@@ -271,6 +281,40 @@ def _search(model: PreTrainedModel, batch: BatchEncoding, options: dict) -> tupl
     return output.sequences, output.sequences_scores.tolist()
 
 
+def bleu_tokenizer_of(model: str) -> tuple[str, str]:
+    """
+    By which of sacrebleu's tokenizers a model's run was scored: BLEU by another is not to be compared with it.
+
+    Args:
+        model: folder or Hub name. A checkpoint is its run's.
+
+    Returns:
+        The name, and where it is from, in words: the run's recipe.yaml, or, where there is none, the default.
+
+    Raises:
+        UserError: the recipe.yaml cannot be read, or names a tokenizer that cannot be used here.
+    """
+    folder = Path(model).absolute()
+    if folder.is_dir() and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        model = str(folder.parent)
+    name, origin = DecodingArguments.bleu_tokenize, "the default"
+    path = cached_file(
+        model,
+        "recipe.yaml",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is not None:
+        try:
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            name, origin = str(recipe.get("bleu_tokenize", name)), "as its recipe.yaml says"
+        except (yaml.YAMLError, UnicodeDecodeError, OSError, AttributeError) as error:
+            raise UserError(f"{path} is no recipe: say by --bleu_tokenize how BLEU is to be scored") from error
+    check_bleu_tokenizer(name)
+    return name, origin
+
+
 def score_texts(predictions: list[str], references: list[str], bleu_tokenize: str) -> dict:
     """BLEU, chrF, TER, exact match and signatures of translations against the true text."""
     return TranslationMetrics().compute(predictions=predictions, references=references, tokenize=bleu_tokenize)
@@ -292,17 +336,26 @@ def main(argv: list[str]) -> None:
     parser = HfArgumentParser((EvaluationArguments, DataArguments), description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub name of the model")
     arguments, data, options = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if arguments.output_file:
+        make_sure_of_file("output_file", arguments.output_file)
+    elif sys.__stdout__ is None:
+        raise UserError("the standard output is closed, and scores would be lost: name a file by --output_file")
 
     pairs = load_pairs(data)
     if arguments.split not in pairs:
         raise DataError(f"the data has no {arguments.split} split, only {', '.join(pairs)}: name one by --split")
     pairs = pairs[arguments.split]
     model, tokenizer = load_model(options.model)
-    predictions = translate(
-        model, tokenizer, list(pairs["source"]), arguments.batch_tokens, **arguments.generation_options()
-    )
-    scores = score_texts(predictions, list(pairs["target"]), arguments.bleu_tokenize)
+    bleu_tokenize, origin = arguments.bleu_tokenize, "as told"
+    if bleu_tokenize is None:
+        bleu_tokenize, origin = bleu_tokenizer_of(options.model)
+    decoding = arguments.generation_options()
+    predictions = translate(model, tokenizer, list(pairs["source"]), arguments.batch_tokens, **decoding)
+    scores = score_texts(predictions, list(pairs["target"]), bleu_tokenize)
+    used = model.generation_config.to_dict() | decoding | {"bleu_tokenize": f"{bleu_tokenize} ({origin})"}
     print(f"{options.model} on {len(pairs)} pairs of the {arguments.split} split")
+    told = ("num_beams", "length_penalty", "max_new_tokens", "bleu_tokenize")
+    print(", ".join(f"{name}={used[name]}" for name in told if used.get(name) is not None))
     print(format_scores(scores))
     if arguments.output_file:
         write_beside(arguments.output_file, json.dumps(scores, indent=2) + "\n")

@@ -1,8 +1,11 @@
-"""What a run leaves for people: its scores, its loss curve, and its model card; and the picture of an alignment."""
+"""What a run leaves for people (scores, loss curve, model card, pictures), and how programs write files and folders."""
 
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +41,66 @@ def write_beside(path: str | Path, text: str) -> None:
         file.write(text)
         to_disk(file)
     os.replace(beside, path)
+
+
+def make_sure_of_folder(option: str, path: str | Path) -> None:
+    """
+    Looks, before any work is done, whether there can be a folder to write into. Makes none.
+
+    Raises:
+        UserError: there cannot. The message names the option.
+    """
+    with _refusing(option, path):
+        there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+
+def make_sure_of_file(option: str, path: str | Path) -> None:
+    """
+    Looks, before any work is done, whether `write_beside` can write this file. What is there stays.
+
+    Raises:
+        UserError: it cannot. The message names the option.
+    """
+    path = Path(path)
+    with _refusing(option, path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{option}={path} is no file, and cannot be replaced by one")
+        if not path.parent.is_dir():
+            raise UserError(f"{option}={path}: there is no folder {path.parent}")
+        with tempfile.NamedTemporaryFile(prefix=f"{path.name}.part", dir=path.parent):
+            pass
+
+
+@contextmanager
+def new_folder(option: str, path: str | Path) -> Iterator[Path]:
+    """
+    Makes a folder to write into inside the `with`, which then gets the name `path`: that is whole or not there.
+
+    Raises:
+        UserError: `path` exists, or no folder can be made there. The message names the option.
+    """
+    beside = Path(f"{path}.part")
+    with _refusing(option, path):
+        if os.path.lexists(path):
+            raise UserError(f"{option}={path} exists: choose another, or delete it first")
+        shutil.rmtree(beside, ignore_errors=True)  # of a program that was killed
+        beside.mkdir(parents=True)
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _refusing(option: str, path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option}={path} cannot be written into: {error.strerror}") from error
 
 
 def to_disk(file: IO) -> None:

@@ -1,0 +1,123 @@
+"""training.evaluate: by which settings a saved model is scored."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import sacrebleu
+import torch
+import yaml
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from vanilla_transformer import train_tokenizer
+from vanilla_transformer.training.arguments import UserError
+from vanilla_transformer.training.evaluate import main, translate
+
+
+TEXTS = ["ban dor kis", "lut mén ban", "dos", "kin lur bas dot"]
+
+
+@pytest.fixture(scope="module")
+def run(lively_model, tmp_path_factory) -> Path:
+    """The folder of a run that was scored without a tokenizer, with a checkpoint."""
+    folder = tmp_path_factory.mktemp("files") / "run"
+    tokenizer = train_tokenizer(TEXTS, 290)
+    model = lively_model(vocab_size=len(tokenizer), max_position_embeddings=100)
+    with torch.no_grad():
+        model.lm_head.bias[tokenizer.convert_tokens_to_ids("Ġ")] += 3  # which makes words
+    for place in (folder, folder / "checkpoint-7"):
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    (folder / "recipe.yaml").write_text("bleu_tokenize: none\nd_model: 16\n")
+    return folder
+
+
+@pytest.fixture
+def scored(run, tmp_path, monkeypatch, capsys):
+    """Evaluates a model on references that tokenizers cut differently; returns scores, expected ones, and output."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+    found = translate(model, tokenizer, TEXTS, max_new_tokens=30)
+    references = [f"({text})," for text in found]
+    assert not any("\n" in text for text in references)
+    Path("data.jsonl").write_text(
+        "".join(json.dumps({"source": a, "target": b}) + "\n" for a, b in zip(TEXTS, references, strict=True))
+    )
+    expected = {
+        name: sacrebleu.corpus_bleu(found, [references], tokenize=name, force=True).score
+        for name in ("13a", "none", "char")
+    }
+    assert len(set(expected.values())) == 3
+
+    def score(name, *words):
+        main([str(name), "--test_file", "data.jsonl", "--max_new_tokens", "30", "--output_file", "scores.json", *words])
+        return json.loads(Path("scores.json").read_text()), expected, capsys.readouterr().out
+
+    return score
+
+
+def test_a_model_is_scored_as_its_run_was_unless_told_otherwise(run, scored):
+    for name in (run, run / "checkpoint-7"):
+        scores, expected, said = scored(name)
+        assert scores["bleu"] == pytest.approx(expected["none"])
+        assert "num_beams=4, max_new_tokens=30, bleu_tokenize=none (as its recipe.yaml says)" in said
+    scores, expected, said = scored(run, "--bleu_tokenize", "char", "--num_beams", "2")
+    assert scores["bleu"] != pytest.approx(expected["none"])
+    assert "|tok:char|" in scores["bleu_signature"]
+    assert "num_beams=2, max_new_tokens=30, bleu_tokenize=char (as told)" in said
+
+
+def test_without_a_recipe_or_a_setting_in_it_the_default_counts(run, scored, tmp_path):
+    alone = shutil.copytree(run / "checkpoint-7", tmp_path / "alone")
+    scores, expected, said = scored(alone)
+    assert scores["bleu"] == pytest.approx(expected["13a"])
+    assert "bleu_tokenize=13a (the default)" in said
+    (alone / "recipe.yaml").write_text("d_model: 16\n")
+    scores, expected, said = scored(alone)
+    assert scores["bleu"] == pytest.approx(expected["13a"])
+    assert "bleu_tokenize=13a (as its recipe.yaml says)" in said
+
+
+def test_a_model_of_the_hub_brings_its_recipe(run, scored, tmp_path, monkeypatch):
+    """From the cache, as a download leaves it."""
+    repository = tmp_path / "hub" / "models--NAME--mine"
+    shutil.copytree(run, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    scores, expected, said = scored("NAME/mine")
+    assert scores["bleu"] == pytest.approx(expected["none"])
+    assert "NAME/mine on 4 pairs" in said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("- a list\n", "recipe.yaml is no recipe: say by --bleu_tokenize"),
+        ("bleu_tokenize: [", "recipe.yaml is no recipe: say by --bleu_tokenize"),
+        (b"bleu_tokenize: \xff", "recipe.yaml is no recipe: say by --bleu_tokenize"),
+        ("bleu_tokenize: moses\n", "bleu_tokenize='moses' is unknown"),
+        (yaml.safe_dump({"bleu_tokenize": [1]}), r"bleu_tokenize='\[1\]' is unknown"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named_before_anything_is_translated(recipe, message, run, scored, tmp_path):
+    odd = shutil.copytree(run / "checkpoint-7", tmp_path / "odd")
+    (odd / "recipe.yaml").write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
+    with pytest.raises(UserError, match=message):
+        scored(odd)
+    assert scored(odd, "--bleu_tokenize", "13a")[0]["bleu"] > 0
+
+
+def test_a_closed_output_would_lose_the_scores(run, monkeypatch):
+    monkeypatch.setattr("sys.__stdout__", None)
+    with pytest.raises(UserError, match="the standard output is closed, and scores would be lost"):
+        main([str(run), "--dataset", "phrasebook:en-de"])
+
+
+def test_half_of_a_surrogate_pair_is_named(run):
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+    with pytest.raises(UserError, match=r"text 2 holds '\\ud83d', half of a surrogate pair, as its character 3"):
+        translate(model, tokenizer, ["ban", "do\ud83d"])

@@ -1,0 +1,203 @@
+"""How programs end: closed streams, other encodings, readers that leave, Ctrl-C, and outputs that cannot be written."""
+
+import errno
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vanilla_transformer.training import evaluate
+from vanilla_transformer.training.arguments import UserError, run_program
+from vanilla_transformer.training.report import new_folder
+
+
+ROOT = Path(__file__).parents[1]
+# One process imports everything; a fork of it for each case runs a program, and ends as Python ends.
+DRIVER = """
+import os, sys
+from tqdm import tqdm
+from vanilla_transformer.training.arguments import UserError, run_program
+
+def unread(descriptor):
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, descriptor)
+
+def closed(*names):
+    for name in names:
+        os.close(["stdin", "stdout", "stderr"].index(name))
+        setattr(sys, name, None)
+        setattr(sys, f"__{name}__", None)
+
+CASES = eval(sys.argv[1])
+for number, (setup, body) in enumerate(CASES):
+    if not (child := os.fork()):
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+        exec(setup)
+        run_program(lambda _: exec(body), [])
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Case(NamedTuple):
+    """What happens to a program's streams, what it does, and how it ends: status, output, errors."""
+
+    setup: str
+    body: str
+    status: int
+    output: bytes = b""
+    errors: bytes = b""
+
+
+JAPANESE = r"print('\u00fc \u65e5\u672c \ud83d', flush=True); print('then')"
+CASES = {
+    "Latin-1": Case("sys.stdout.reconfigure(encoding='latin-1')", JAPANESE, 0, b"\xfc \\u65e5\\u672c \\ud83d\nthen\n"),
+    "ASCII": Case("sys.stdout.reconfigure(encoding='ascii')", JAPANESE, 0, b"\\xfc \\u65e5\\u672c \\ud83d\nthen\n"),
+    "UTF-8": Case("sys.stdout.reconfigure(encoding='utf-8')", JAPANESE, 0, "ü 日本 \\ud83d\nthen\n".encode()),
+    "a reader who has left": Case("unread(1)", "while True: print('a line')", 141),
+    "a reader of bytes who has left": Case(
+        "unread(1)", "while True: sys.stdout.buffer.write(b'a line'); sys.stdout.flush()", 141
+    ),
+    "a reader who has left before the end": Case("unread(1)", "print('a line')", 141),
+    "a reader of errors who has left": Case("unread(2)", "while True: print('a line', file=sys.stderr)", 141),
+    "another pipe": Case(
+        "sys.excepthook = lambda kind, *_: print(kind.__name__)",
+        "unread(5); os.write(5, b'x')",
+        1,
+        b"BrokenPipeError\n",
+    ),
+    "Ctrl-C": Case("", "raise KeyboardInterrupt", 130, errors=b"\ninterrupted\n"),
+    "closed input": Case("closed('stdin')", "assert sys.__stdin__ is None; print(repr(sys.stdin.read()))", 0, b"''\n"),
+    "closed output": Case(
+        "closed('stdout')",
+        "assert sys.__stdout__ is None; sys.stdout.write('x'); print('x'); sys.stderr.write(str(os.dup(0) > 2))",
+        0,
+        errors=b"True",
+    ),
+    "closed errors": Case(
+        "closed('stderr')",
+        "print('x', file=sys.stderr); list(tqdm([1])); print('out'); raise UserError('wrong')",
+        2,
+        b"out\n",
+    ),
+    "all closed": Case("closed('stdin', 'stdout', 'stderr')", "tqdm.write('x'); raise SystemExit(7)", 7),
+    "a full disk": Case(
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
+        "print('x')",
+        2,
+        errors=b"error: the disk is full: [Errno 28] No space left on device\n",
+    ),
+    "a mistake": Case("", "print('out'); raise UserError('wrong')", 2, b"out\n", b"error: wrong\n"),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, tuple[int, bytes, bytes]]:
+    """Status, output and errors of each case."""
+    folder = tmp_path_factory.mktemp("programs")
+    cases = repr([case[:2] for case in CASES.values()])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    driver = [sys.executable, "-c", DRIVER, cases]
+    run = subprocess.run(driver, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return {
+        name: (int(status), *((folder / f"{number}.{kind}").read_bytes() for kind in ("out", "err")))
+        for number, (name, status) in enumerate(zip(CASES, run.stdout.split(), strict=True))
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_program_ends_as_a_shell_expects(name, ended):
+    case = CASES[name]
+    assert ended[name] == (case.status, case.output, case.errors)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG])
+def test_what_the_file_system_refuses_is_one_line(number, capsys):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "a/place")
+
+    with pytest.raises(SystemExit) as refused:
+        run_program(main, [])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == f"error: [Errno {number}] {os.strerror(number)}: 'a/place'\n"
+
+
+def test_a_fault_of_the_program_s_own_has_its_traceback():
+    def main(argv):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        run_program(main, [])
+
+
+def script(name: str):
+    return lambda argv: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"](argv)
+
+
+def benchmark(argv: list[str]) -> None:
+    functions = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+    options = functions["parse_arguments"](argv)
+    options.command(options)
+
+
+# What each program is told, OUTPUT last; there is no model of this name, and no checkpoint.
+WRITERS = {
+    "translate": (script("translate"), ["nowhere", "--input", "a.txt", "--output"]),
+    "evaluate": (evaluate.main, ["nowhere", "--test_file", "a.txt", "a.txt", "--output_file"]),
+    "export": (script("export"), ["nowhere", "--format", "marian", "--output"]),
+    "convert": (script("convert_checkpoint"), ["a.txt", "--format", "torch", "--output"]),
+    "average": (script("average_checkpoints"), ["MODEL", "--output_dir"]),
+    "train_tokenizer": (script("train_tokenizer"), ["--train_file", "nowhere", "nowhere", "--output_dir"]),
+    "benchmark": (benchmark, ["train", "--cells", "base", "--output"]),
+}
+PLACES = {
+    "below a file": "a.txt/new",
+    "a folder of the kernel": "/proc/new",
+    "a long name": "n" * 300,
+    "a name that is too long with its ending": "n" * 253,
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("program", "argv"), WRITERS.values(), ids=WRITERS)
+def test_an_output_that_cannot_be_written_is_named_before_any_work(
+    program, argv, place, tiny_model, tmp_path, monkeypatch, capsys
+):
+    if len(place) == 253 and argv[0] == "--train_file":
+        pytest.skip("a folder that has its own name from the beginning")
+    (tmp_path / "a.txt").write_text("a\n")
+    if "MODEL" in argv:
+        tiny_model().save_pretrained(tmp_path / "MODEL")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        run_program(program, [*argv, place])
+    assert refused.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {argv[-1].removeprefix('--')}={place}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_is_written_is_whole_or_not_there(tmp_path):
+    def fail(folder):
+        (folder / "half").write_text("")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), new_folder("output", tmp_path / "above" / "new") as folder:
+        fail(folder)
+    assert not list((tmp_path / "above").iterdir())
+    with new_folder("output", tmp_path / "above" / "new") as folder:
+        (folder / "whole").write_text("")
+        assert not (tmp_path / "above" / "new").exists()
+    assert [path.name for path in (tmp_path / "above").rglob("*")] == ["new", "whole"]
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("above", "link"):
+        with pytest.raises(UserError, match=f"output=.*{name} exists"), new_folder("output", tmp_path / name):
+            pass

@@ -77,8 +77,9 @@ def main(argv: list[str]) -> None:
         # What is wrong with the file is said before anything is translated.
         total = own_lines(sum(1 for _ in read_lines(arguments.input)), arguments.window, processes)
     translator = Translator(arguments, total, processes)
-    unfinished = write_stream(translator) if arguments.output == "-" else write_file(translator, processes)
-    translator.progress.close()
+    # Its bar ends before anything is said, an error too.
+    with translator.progress:
+        unfinished = write_stream(translator) if arguments.output == "-" else write_file(translator, processes)
     warn(*unfinished)
     processes.destroy_process_group()
 
@@ -86,22 +87,24 @@ def main(argv: list[str]) -> None:
 def refuse_impossible(arguments: argparse.Namespace, num_processes: int) -> None:
     """
     Raises:
-        UserError: an option has no sense, or does not go with the others.
+        UserError: an option has no sense, or does not go with the others; or there is nowhere to read from or write to.
     """
-    from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.arguments import UserError, check_numbers
+    from vanilla_transformer.training.report import make_sure_of_file
 
-    for name in ("batch_tokens", "window", "num_beams", "max_new_tokens", "n_best"):
+    check_numbers(arguments, UserError)
+    for name in ("window", "n_best"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+            raise UserError(f"{name}={value} must be at least 1")
     if arguments.output != "-":
-        output = Path(arguments.output)
-        if output.exists() and not output.is_file():
-            raise UserError(f"--output {output} is no file, and cannot be replaced by one")
-        if not output.parent.is_dir():
-            raise UserError(f"--output {output}: there is no folder {output.parent}")
+        make_sure_of_file("output", arguments.output)
     if num_processes > 1 and (arguments.output == "-" or not os.path.isfile(arguments.input)):
         raise UserError(f"{num_processes} processes read and write in turn: name files by --input and --output")
+    # Python's own streams: a program gives those that are closed others in their place.
+    for name, stream in (("input", sys.__stdin__), ("output", sys.__stdout__)):
+        if getattr(arguments, name) == "-" and stream is None:
+            raise UserError(f"the standard {name} is closed: name a file by --{name}")
 
 
 def own_lines(count: int, window: int, processes: Any) -> int:
@@ -140,15 +143,16 @@ class Translator:
         self.model, self.tokenizer = load_model(arguments.model)
         self.options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
         self.with_scores = arguments.scores or arguments.n_best is not None
-        beams = self.options.get("num_beams", self.model.generation_config.num_beams)
+        beams = self.options.get("num_beams", self.model.generation_config.num_beams or 1)
         if self.with_scores and beams < 2:
             raise UserError(f"num_beams={beams} gives no scores: --scores and --n_best need --num_beams 2 or more")
         if (arguments.n_best or 1) > beams:
             raise UserError(f"--n_best {arguments.n_best} is more than num_beams={beams} find: raise --num_beams")
         # What this machine cannot do is said before anything is translated.
         try:
-            end = torch.tensor([[self.model.config.eos_token_id]], device=self.model.device)
-            self.model.generate(end, **{**self.options, "max_new_tokens": 1})
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            mask = torch.ones_like(token)  # whichever it is, it is no padding
+            self.model.generate(token, attention_mask=mask, **{**self.options, "max_new_tokens": 1})
         except ValueError as error:
             raise UserError(str(error)) from error
         # Of several processes the first one shows its share, times their number.
@@ -273,14 +277,22 @@ class Parts:
     A part begins with a line of JSON: a checksum of the lines that it is the translation of, and the numbers of those
     that ran into the greatest length. A part is whole or not there: it is written beside, then renamed. A folder is
     something to go on with as long as its settings.json is there, which comes first and goes first.
+
+    Raises:
+        UserError: there can be no such folder.
     """
 
     def __init__(self, output: Path):
+        from vanilla_transformer.training.arguments import UserError
+
         self.output = output
         self.folder = Path(f"{output}.parts")
         self.settings = self.folder / "settings.json"
-        self.folder.mkdir(exist_ok=True)
-        self.lock_file = (self.folder / "lock").open("a")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self.lock_file = (self.folder / "lock").open("a")
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written into: {error.strerror}") from error
 
     def begin(self, settings: dict[str, Any]) -> None:
         """

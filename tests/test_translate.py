@@ -3,10 +3,12 @@
 import fcntl
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -430,10 +432,10 @@ def test_a_line_beyond_learned_positions_is_named_and_what_was_done_is_kept(tmp_
 MISTAKES = {
     "no model": (["./nowhere"], "cannot load the model './nowhere'"),
     "no input": (["MODEL", "--input", "./nowhere"], "./nowhere: No such file"),
-    "no folder for the output": (["MODEL", "--output", "./no/where"], "there is no folder no"),
-    "an output that is no file": (["MODEL", "--output", "/dev/null"], "--output /dev/null is no file"),
-    "no tokens": (["MODEL", "--batch_tokens", "0"], "--batch_tokens 0 must be at least 1"),
-    "no lines": (["MODEL", "--window", "-1"], "--window -1 must be at least 1"),
+    "no folder for the output": (["MODEL", "--output", "./no/where"], "output=no/where: there is no folder no"),
+    "an output that is no file": (["MODEL", "--output", "/dev/null"], "output=/dev/null is no file"),
+    "no tokens": (["MODEL", "--batch_tokens", "0"], "batch_tokens=0 must be at least 1"),
+    "no lines": (["MODEL", "--window", "-1"], "window=-1 must be at least 1"),
     "scores without a beam": (["MODEL", "--scores", "--num_beams", "1"], "--scores and --n_best need --num_beams 2"),
     "more than the beams": (["MODEL", "--n_best", "5"], "--n_best 5 is more than num_beams=4"),
     "no such program": (
@@ -456,3 +458,68 @@ def test_wrong_bytes_are_named_before_anything_is_translated(folder, tmp_path):
     with pytest.raises(UserError, match=r"in\.txt, line 25: byte 0xe9 is not UTF-8"):
         SCRIPT.main(argv)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_a_model_with_several_ends_translates(folder, tmp_path):
+    other = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("Ċ")
+    ends = shutil.copytree(folder, tmp_path / "ends")
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((ends / name).read_text())
+        (ends / name).write_text(json.dumps(settings | {"eos_token_id": [2, other]}))
+    lines = [line for line in make_lines(20) if line.strip()]
+    SCRIPT.main(command(ends, tmp_path, lines, *OPTIONS))
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(ends).eval(), AutoTokenizer.from_pretrained(ends)
+    found = [model.generate(**tokenizer([line], return_tensors="pt"), num_beams=2, max_new_tokens=3) for line in lines]
+    assert {2, other} <= {int(row[0, -1]) for row in found}
+    texts = [tokenizer.decode(row[0], skip_special_tokens=True).replace("\n", " ") for row in found]
+    assert written(tmp_path / "out.txt") == texts
+
+
+def said(errors: str) -> str:
+    """Without the bar of transformers."""
+    return re.sub(r"Loading weights.*", "", errors).strip()
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_a_closed_stream_is_an_error_only_where_it_is_used(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, {"input": "__stdin__", "output": "__stdout__"}[name], None)
+    argv = command(folder, tmp_path, ["ban"], *OPTIONS)
+    SCRIPT.main(argv)
+    with pytest.raises(UserError, match=f"the standard {name} is closed: name a file by --{name}"):
+        SCRIPT.main([*argv, f"--{name}", "-"])
+
+
+def test_ctrl_c_is_one_line_and_what_was_done_is_kept(folder, tmp_path, monkeypatch, capsys):
+    def translate(translator, number, lines, whole=SCRIPT.Translator.translate):
+        if number == 1:
+            raise KeyboardInterrupt
+        return whole(translator, number, lines)
+
+    argv = command(folder, tmp_path, make_lines(60), *OPTIONS, "--window", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(SCRIPT.Translator, "translate", translate)
+        with pytest.raises(SystemExit) as ended:
+            run_program(SCRIPT.main, argv)
+    assert ended.value.code == 130
+    assert said(capsys.readouterr().err) == "interrupted"
+    assert list(parts(tmp_path / "out.txt")) == ["00000000.txt"]
+
+
+def test_head_takes_a_line_and_the_rest_is_silence(folder, tmp_path):
+    source = write(tmp_path / "in.txt", make_lines(2) * 2000)
+    words = f"'{sys.executable}' '{PATH}' '{folder}' --input '{source}' --window 2 --max_new_tokens 3 | head -1"
+    run = subprocess.run(["bash", "-c", f"set -o pipefail; {words}"], capture_output=True)
+    assert run.returncode == 141
+    assert run.stdout.count(b"\n") == 1
+    assert said(run.stderr.decode()) == ""
+
+
+@pytest.mark.parametrize("kind", ["a file", "no folder to lock"])
+def test_parts_that_cannot_be_written_are_named(kind, folder, tmp_path):
+    argv = command(folder, tmp_path, ["ban"], *OPTIONS)
+    if kind == "a file":
+        (tmp_path / "out.txt.parts").write_text("")
+    else:
+        (tmp_path / "out.txt.parts" / "lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"out\.txt\.parts cannot be written into: "):
+        SCRIPT.main(argv)

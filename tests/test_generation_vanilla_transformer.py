@@ -1,13 +1,18 @@
 """Every mode of `generate()` against decoding by full forward passes, and the defaults that the paper gives."""
 
+import copy
 import itertools
+import json
+from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from compilers import HAS_COMPILER, needs_compiler
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration
+from vanilla_transformer import inference_vanilla_transformer as inference
 
 
 LENGTH = 12
@@ -302,3 +307,118 @@ class TestDefaults:
         before = model.generation_config.to_dict()
         model.generate(**source, max_new_tokens=2)
         assert model.generation_config.to_dict() == before
+
+    @pytest.mark.parametrize("load", [VanillaTransformerForConditionalGeneration, AutoModelForSeq2SeqLM])
+    def test_a_folder_without_a_generation_config_has_them(self, endless, padded, tmp_path, load):
+        """As an older release, or another program, leaves a folder."""
+        model = endless()
+        model.save_pretrained(tmp_path)
+        (tmp_path / "generation_config.json").unlink()
+        reloaded = load.from_pretrained(tmp_path)
+        assert reloaded.generation_config.num_beams == 4
+        inputs = padded((7,))[0]
+        assert torch.equal(reloaded.generate(inputs), model.generate(inputs))
+        assert reloaded.last_engine.name == ("compiled" if HAS_COMPILER else "packed")
+        # Options of ours are saved and loaded as ever.
+        reloaded.generation_config.compute_type = "int8"
+        reloaded.save_pretrained(tmp_path)
+        assert load.from_pretrained(tmp_path).generation_config.compute_type == "int8"
+
+    def test_a_generation_config_without_beams_means_one_as_everywhere(self, endless, padded, tmp_path):
+        endless().save_pretrained(tmp_path)
+        file = tmp_path / "generation_config.json"
+        fields = json.loads(file.read_text())
+        del fields["num_beams"]
+        file.write_text(json.dumps(fields))
+        reloaded = VanillaTransformerForConditionalGeneration.from_pretrained(tmp_path)
+        inputs = padded((7,))[0]
+        assert torch.equal(reloaded.generate(inputs), GenerationMixin.generate(reloaded, inputs, num_beams=1))
+
+    def test_a_generation_config_that_is_given_comes_before_them(self, endless, tmp_path):
+        endless().save_pretrained(tmp_path)
+        (tmp_path / "generation_config.json").unlink()
+        given = GenerationConfig(num_beams=2)
+        reloaded = VanillaTransformerForConditionalGeneration.from_pretrained(tmp_path, generation_config=given)
+        assert reloaded.generation_config.num_beams == 2
+
+
+@contextmanager
+def default_dtype(dtype):
+    """As a user sets it, or transformers for a moment in another thread, which loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    inference._state_bits.cache_clear()  # found once in a process
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+TOLD = {"return_dict_in_generate": True}
+# Everything that makes tensors of its own: each engine, and what it does only for some arguments.
+DECODINGS = {
+    "compiled, greedy": {"num_beams": 1, "compiled": True},
+    "compiled, beams": {"num_beams": 4, "num_return_sequences": 2, "compiled": True, **TOLD},
+    "compiled, int8": {"compiled": True, "compute_type": "int8", "length_penalty_form": "gnmt", **TOLD},
+    "greedy": {"num_beams": 1},
+    "sampling": {"num_beams": 1, "do_sample": True, "output_scores": True, **TOLD},
+    "beams": {"num_beams": 4, "num_return_sequences": 4, "output_scores": True, **TOLD},
+    "beams, early stopping": {"num_beams": 3, "early_stopping": True, **TOLD},
+    "sampled beams": {"num_beams": 3, "do_sample": True, **TOLD},
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "num_return_sequences": 4, **TOLD},
+    "penalties": {"length_penalty_form": "gnmt", "length_penalty": 0.6, "coverage_penalty": 0.3, **TOLD},
+    "phrases": {"required_phrases": [[[9, 8]]] * 4, "forbidden_phrases": [[[7]]] * 4, **TOLD},
+    "processors": {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "suppress_tokens": [20, 30], **TOLD},
+    "ensemble": {"ensemble": "itself", **TOLD},
+    "padded prefixes": {"decoder_input_ids": torch.tensor([[0, 1], [1, 9], [0, 1], [1, 7]]), **TOLD},
+    "int8": {"compute_type": "int8", **TOLD},
+    "bfloat16": {"compute_type": "bfloat16", **TOLD},
+    "transformers' beams": {"use_cache": False, "output_scores": True, **TOLD},
+    "transformers' greedy search": {"use_cache": False, "num_beams": 1, "output_scores": True, **TOLD},
+}
+
+
+def decoded(model, source, options: dict) -> list[torch.Tensor]:
+    """All tensors of an output, by packed weights that are made anew."""
+    model, options = copy.deepcopy(model), {"compiled": False, "max_new_tokens": 8, **options}
+    if "ensemble" in options:
+        options["ensemble"] = [model]
+    if "decoder_input_ids" in options:
+        options["decoder_attention_mask"] = (options["decoder_input_ids"] != 0).long()
+    torch.manual_seed(0)
+    output = model.generate(**source, **options)
+    if isinstance(output, torch.Tensor):
+        return [output]
+    fields = [output.get(name) for name in ("sequences", "sequences_scores", "beam_indices", "scores")]
+    return [each for field in fields if field is not None for each in (field if isinstance(field, tuple) else [field])]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(*each, marks=[needs_compiler] * ("compiled" in each[0])) for each in DECODINGS.items()],
+)
+class TestSettingsOfTorch:
+    """What a process has set for new tensors, for its own purposes, changes no output."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+    def test_the_default_dtype(self, lively_model, source, monkeypatch, name, options, dtype):
+        monkeypatch.setattr(inference, "FEW_INPUTS", 0)  # int8 for these small networks too
+        model = lively_model()
+        expected = decoded(model, source, options)
+        with default_dtype(dtype):
+            found = decoded(model, source, options)
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+    def test_the_default_device(self, lively_model, source, monkeypatch, name, options):
+        if "transformers" in name:
+            pytest.skip("transformers' own beams need the default device to be one with memory")
+        monkeypatch.setattr(inference, "FEW_INPUTS", 0)
+        model = lively_model()
+        expected = decoded(model, source, options)
+        inference._state_bits.cache_clear()
+        with torch.device("meta"):  # where there are no numbers at all
+            found = decoded(model, source, options)
+        assert all(map(torch.equal, found, expected))

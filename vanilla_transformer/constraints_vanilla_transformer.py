@@ -144,7 +144,8 @@ class RequiredPhrases:
                 if (score := float(total[row, beam, token])) > _NO_HYPOTHESIS
             ]
             chosen.append(self._chosen(sorted(found, key=lambda each: -each.score), row_phrases, k, ends, is_last))
-        fields = torch.tensor(chosen, dtype=torch.float64).unbind(dim=2)  # [B, K, 3], on the CPU: MPS has no float64
+        # [B, K, 3]; MPS has no float64.
+        fields = torch.tensor(chosen, dtype=torch.float64, device="cpu").unbind(dim=2)
         scores, parents, tokens = fields[0].float(), fields[1].long(), fields[2].long()
         return scores.to(log_probs.device), parents.to(log_probs.device), tokens.to(log_probs.device)
 

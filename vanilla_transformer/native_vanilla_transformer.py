@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.generation import GenerateEncoderDecoderOutput
 
 from .inference_vanilla_transformer import PositionTable, scaled_query, weight_and_bias
@@ -18,7 +19,8 @@ from .search_vanilla_transformer import SearchJob, beam_outputs
 
 
 COMPUTE_TYPES = ("float32", "int8")
-ACTIVATIONS = {"relu": 1, "silu": 2, "swish": 2, "gelu": 3}
+# Of the layers' modules: they may have been replaced by others than the config names.
+ACTIVATIONS = {type(ACT2FN[name]): number for name, number in {"relu": 1, "silu": 2, "swish": 2, "gelu": 3}.items()}
 
 _INTERPRETER = {
     "release_interpreter": ctypes.pythonapi.PyEval_SaveThread,
@@ -40,10 +42,11 @@ def why_not_compiled(compute_type: str, device: torch.device) -> str | None:
 
 def why_not_searched(model: Any, job: SearchJob) -> str | None:
     """What of a model or a search the program does not know, in words; None if it knows all."""
-    config, activation = job.config, model.config.activation_function
+    config = job.config
+    activations = {type(layer.activation_fn) for layer in [*model.model.encoder.layers, *model.model.decoder.layers]}
     learned = model.config.position_embedding_type == "learned"
     unknown = {
-        f"the activation {activation}": activation not in ACTIVATIONS,
+        f"the activation {model.config.activation_function}": len(activations) > 1 or not activations <= {*ACTIVATIONS},
         "sampling": config.do_sample,
         "groups of beams": (config.num_beam_groups or 1) > 1,
         "a coverage penalty": job.options.coverage_penalty != 0.0,
@@ -83,7 +86,7 @@ class NativeTransformer:
             "normalize_before": model.config.normalize_before,
             "eps": model.config.layer_norm_eps,
             "int8": compute_type == "int8",
-            "activation": ACTIVATIONS[model.config.activation_function],
+            "activation": ACTIVATIONS[type(decoder.layers[0].activation_fn)],
         }
         for name, stack in (("encoder", encoder), ("decoder", decoder)):
             first = stack.layers[0]
@@ -155,7 +158,7 @@ class NativeTransformer:
         """What the program reads of a search: sources without padding, prefixes, positions, penalties, ends."""
         config, ids, mask = job.config, job.source, job.source_mask
         if mask is None:
-            lengths = torch.full((len(ids),), ids.shape[1])
+            lengths = ids.new_full((len(ids),), ids.shape[1], dtype=torch.long)
         else:
             lengths, ids = mask.bool().sum(dim=1), ids[mask.bool()]
         new_tokens = config.max_length - job.input_ids.shape[1]
@@ -170,19 +173,20 @@ class NativeTransformer:
             "decoder_positions": self.decoder_positions.upto(config.max_length - 1),
             "prefix": job.input_ids.long(),
             "eos": eos.long(),
-            "length_penalties": torch.tensor(penalties, dtype=torch.float32),
+            "length_penalties": ids.new_tensor(penalties, dtype=torch.float32),
         }
         return {name: tensor.contiguous() for name, tensor in given.items()}
 
 
 def _places(job: SearchJob, returned: int) -> dict[str, torch.Tensor]:
     """Where the program writes what it finds: `returned` outputs of each sentence."""
-    (sentences, prefix_length), longest = job.input_ids.shape, job.config.max_length
+    ids, longest = job.input_ids, job.config.max_length
+    sentences, prefix_length = ids.shape
     return {
-        "sequences": torch.full((sentences, returned, longest), job.fill),
-        "scores": torch.empty(sentences, returned, dtype=torch.float32),
-        "lengths": torch.empty(sentences, returned, dtype=torch.long),
-        "lineage": torch.full((sentences, returned, longest - prefix_length), -1, dtype=torch.int32),
+        "sequences": ids.new_full((sentences, returned, longest), job.fill, dtype=torch.long),
+        "scores": ids.new_empty(sentences, returned, dtype=torch.float32),
+        "lengths": ids.new_empty(sentences, returned, dtype=torch.long),
+        "lineage": ids.new_full((sentences, returned, longest - prefix_length), -1, dtype=torch.int32),
     }
 
 

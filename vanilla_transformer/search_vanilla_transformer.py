@@ -25,7 +25,7 @@ from .constraints_vanilla_transformer import RequiredPhrases
 from .inference_vanilla_transformer import DecoderState, PackedTransformer, rows_of
 
 
-# As transformers has it: the score of what must never be chosen.
+# As transformers has it: what is added to the score of what must never be chosen.
 NEVER = -1.0e9
 
 # These look at each row of scores by itself, so that sentences may leave the batch.
@@ -287,6 +287,11 @@ def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     return values, indices.gather(1, places)
 
 
+def _sunk(scores: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Scores, below all others where `where` is true. (A product of truth values has torch's default dtype.)"""
+    return torch.where(where, scores + NEVER, scores)
+
+
 class _Candidates(NamedTuple):
     """What may follow: log-probability of the whole, the beam it continues, and the token. Each `[rows, K]`."""
 
@@ -335,7 +340,7 @@ class _Beams:
         empty[:, :, : self.length] = ids.repeat_interleave(self.groups, dim=0)[:, None]
 
         self.running = empty[:, :, : self.length].clone()
-        self.scores = torch.zeros(rows, self.width, device=ids.device)
+        self.scores = torch.zeros(rows, self.width, dtype=torch.float32, device=ids.device)
         # So that only the first beam is continued at first: they are all the same.
         self.scores[:, 1:] = NEVER
         # For each row and step, the beam of the batch that it continued; kept only if it is to be told.
@@ -366,7 +371,7 @@ class _Beams:
         else:
             candidates = self._diverse_candidates(log_probs)
         ends = self._ends(candidates, scores_so_far)
-        chosen = candidates._replace(scores=candidates.scores + ends * NEVER)
+        chosen = candidates._replace(scores=_sunk(candidates.scores, ends))
         chosen = chosen.take(chosen.scores.topk(self.width).indices)
         if ends[:, : self.width].any():
             self._finish(candidates, ends, attended)
@@ -396,8 +401,8 @@ class _Beams:
         for group in range(self.groups):
             penalised = log_probs[:, group] - self.config.diversity_penalty * chosen_before[:, None]
             candidates = _continuations(penalised, scores[:, group], self.k, do_sample=False)
-            ends = _is_eos(candidates.tokens, self.eos) * NEVER
-            tokens = candidates.tokens.gather(1, (candidates.scores + ends).topk(self.width).indices)
+            scores_to_go_on = _sunk(candidates.scores, _is_eos(candidates.tokens, self.eos))
+            tokens = candidates.tokens.gather(1, scores_to_go_on.topk(self.width).indices)
             chosen_before.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=chosen_before.dtype))
             found.append(candidates)
         fields = zip(*found, strict=True)
@@ -427,7 +432,7 @@ class _Beams:
         if attended is not None:
             scores = scores + self._coverage(attended).gather(1, candidates.parents)
         full = self.is_finished.all(dim=1, keepdim=True) & (self.config.early_stopping is True)
-        scores = scores + (full | ~self.improvable | ~ends) * NEVER
+        scores = _sunk(scores, full | ~self.improvable | ~ends)
 
         scores = torch.cat([self.finished_scores, scores], dim=1)
         self.finished_scores, places = scores.topk(self.width)
@@ -520,7 +525,7 @@ def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tens
     config, width = job.config, job.config.num_beams
     beams, decoder, told = _Beams(job), _Decoder(job, engines, width, beams=True), _Told(config)
     collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
-    buffer = torch.empty(0)
+    buffer = job.input_ids.new_empty(0, dtype=torch.float32)
     # Until the first choice a sentence has one hypothesis.
     tokens = job.input_ids[:, -1:]
     while True:

@@ -325,6 +325,14 @@ def by_no_grad(model):
         model.model.decoder.layers[0].self_attn_layer_norm.bias[3] += 9.0
 
 
+def by_another_activation(model):
+    model.model.decoder.layers[0].activation_fn = nn.Tanh()
+
+
+def by_a_layer_less(model):
+    model.model.encoder.layers = nn.ModuleList(model.model.encoder.layers[1:])
+
+
 def by_embeddings(model):
     with torch.no_grad():
         model.model.decoder.embed_tokens.weight[1] += 5.0
@@ -335,7 +343,17 @@ def by_embeddings(model):
 )
 @pytest.mark.parametrize(
     "change",
-    [by_an_optimizer, by_a_state, by_data, by_a_new_head, by_a_transposed_head, by_no_grad, by_embeddings],
+    [
+        by_an_optimizer,
+        by_a_state,
+        by_data,
+        by_a_new_head,
+        by_a_transposed_head,
+        by_no_grad,
+        by_embeddings,
+        by_another_activation,
+        by_a_layer_less,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_changed_weights_are_used_at_once(lively_model, source, change, options):
@@ -349,6 +367,9 @@ def test_changed_weights_are_used_at_once(lively_model, source, change, options)
     assert torch.equal(after.sequences, fresh.sequences)
     assert torch.equal(after.sequences_scores, fresh.sequences_scores)
     assert not torch.allclose(after.sequences_scores, before.sequences_scores)
+    assert model.last_engine.name != "transformers"
+    stock = GenerationMixin.generate(model, **source, max_new_tokens=6)
+    assert torch.equal(stock, after.sequences) or "compute_type" in options
 
 
 def test_weights_are_packed_once(lively_model, source, monkeypatch):
@@ -374,6 +395,14 @@ def test_weights_that_are_no_numbers_are_an_error(lively_model, source, options)
     with torch.no_grad():
         bias[3] = 0.0
     model.generate(**source, **options)
+
+
+def test_a_model_that_was_made_in_inference_mode_decodes(lively_model, source):
+    expected = lively_model().generate(**source, max_new_tokens=6)
+    with torch.inference_mode():
+        model = lively_model()
+    for _ in range(2):
+        assert torch.equal(model.generate(**source, max_new_tokens=6), expected)
 
 
 def test_models_do_not_mix(lively_model, source):
@@ -410,9 +439,9 @@ class TestThreads:
         model, is_of = lively_model(), inference._Copy.is_of
         expected = model.generate(**source, max_new_tokens=6)
 
-        def is_of_and_dropped(self, parameters):
+        def is_of_and_dropped(self, found):
             inference._COPIES[model].clear()
-            return is_of(self, parameters)
+            return is_of(self, found)
 
         monkeypatch.setattr(inference._Copy, "is_of", is_of_and_dropped)
         assert torch.equal(model.generate(**source, max_new_tokens=6), expected)
@@ -448,9 +477,9 @@ class TestThreads:
 
 def test_packed_weights_go_with_their_model(tiny_model):
     model = tiny_model()
-    parameters, _ = inspect_model(model)
-    engine = weakref.ref(copy_of(model, parameters, PackedTransformer, "float32"))
-    assert engine() is copy_of(model, parameters, PackedTransformer, "float32")
+    found = inspect_model(model)
+    engine = weakref.ref(copy_of(model, found, PackedTransformer, "float32"))
+    assert engine() is copy_of(model, found, PackedTransformer, "float32")
     del model
     gc.collect()
     assert engine() is None
@@ -889,4 +918,4 @@ def test_a_model_that_has_told_its_attention_is_still_decoded_here(lively_model,
     """transformers leaves hooks in the layers, which do nothing unless something is to be recorded."""
     model = lively_model(attention="eager")
     model(**source, decoder_input_ids=torch.ones(4, 1, dtype=torch.long), output_attentions=True)
-    assert inspect_model(model)[1] is None
+    assert inspect_model(model).unknown is None

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .constraints_vanilla_transformer import ForbiddenPhrases, RequiredPhrases
 from .inference_vanilla_transformer import (
+    Inspected,
     PackedTransformer,
     copy_of,
     inspect_model,
@@ -146,8 +147,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         options = _options(config, length_penalty_form, coverage_penalty)
         sentences = _sentences(inputs, model_inputs)
         reason = self._why_not_here(config, model_inputs, sentences, kwargs)
-        parameters, unknown = inspect_model(self) if reason is None else ([], None)
-        if sentences is None or (reason := reason or unknown):
+        found = inspect_model(self)
+        if sentences is None or (reason := reason or found.unknown):
             _refuse_in_stock_loops(
                 reason,
                 compute_type=compute_type is not None,
@@ -171,9 +172,9 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             options = options._replace(required=RequiredPhrases(required, config.num_beams))
 
         # 2. the models
-        device, compute_type = parameters[0].device, resolve_compute_type(compute_type, self)
+        device, compute_type = found.parameters[0].device, resolve_compute_type(compute_type, self)
         members = [
-            (self, parameters),
+            (self, found),
             *((model, _member(self, model, number)) for number, model in enumerate(ensemble, 1)),
         ]
         if compiled and (why := why_not_compiled(compute_type, device)):
@@ -342,9 +343,9 @@ def _sentences(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor 
     return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.numel() and not both else None
 
 
-def _member(model: Any, other: Any, number: int) -> list[torch.Tensor]:
+def _member(model: Any, other: Any, number: int) -> Inspected:
     """
-    The parameters of another model of an ensemble.
+    Looks at another model of an ensemble.
 
     Raises:
         ValueError: it has another vocabulary, or cannot be packed.
@@ -355,13 +356,13 @@ def _member(model: Any, other: Any, number: int) -> list[torch.Tensor]:
             raise ValueError(
                 f"ensemble: model {number} has {field}={theirs} and this one {ours}: an ensemble needs one vocabulary"
             )
-    parameters, unknown = inspect_model(other)
-    if unknown:
+    found = inspect_model(other)
+    if found.unknown:
         raise ValueError(
             f"ensemble: model {number} must be in evaluation mode, with this package's own layers on one device, and "
-            f"has {unknown}"
+            f"has {found.unknown}"
         )
-    return parameters
+    return found
 
 
 def _checked_phrases(name: str, phrases: Sequence | None, sentences: int, config: Any) -> list[list[list[int]]] | None:
@@ -413,17 +414,17 @@ def choose_engine(job: SearchJob, members: list, compute_type: str, compiled: bo
     unless `compiled` is True.
 
     Args:
-        members: the models of an ensemble, or the one model, and the parameters of each.
+        members: the models of an ensemble, or the one model, and what `inspect_model` finds of each.
 
     Raises:
         ProgramError: `compiled` is True, and the program cannot be compiled or loaded here.
     """
-    model, parameters = members[0]
+    model, found = members[0]
     if compiled is False:
         return Engine("packed", "compiled=False")
     unknown = (
         ("it does not know ensembles" if len(members) > 1 else None)
-        or why_not_compiled(compute_type, parameters[0].device)
+        or why_not_compiled(compute_type, found.parameters[0].device)
         or why_not_searched(model, job)
     )
     if unknown:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -604,23 +604,37 @@ def _norm(norm: nn.Module) -> _Linear:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-class _Copy:
-    """What was made of a model's weights, and what tells whether they have changed since."""
+class Inspected(NamedTuple):
+    """What a model is made of, as `inspect_model` finds it."""
 
-    def __init__(self, made: Any, parameters: list[torch.Tensor]):
+    parameters: list[torch.Tensor]  # tied ones as often as they are used
+    kinds: list[type]  # the classes of all modules
+    unknown: str | None = None  # what the engines do not know, in words
+
+
+class _Copy:
+    """What was made of a model, and what tells whether that has changed since."""
+
+    def __init__(self, made: Any, found: Inspected):
         self.made = made
-        self.versions = self._versions(parameters)
+        self.kinds = found.kinds
+        self.versions = self._versions(found)
         # Views: they change with the weights.
-        self.last = [parameter.detach()[(-1,) * parameter.dim()] for parameter in parameters]
+        self.last = [parameter.detach()[(-1,) * parameter.dim()] for parameter in found.parameters]
         self.last_values = torch.stack(self.last)
 
-    def is_of(self, parameters: list[torch.Tensor]) -> bool:
+    def is_of(self, found: Inspected) -> bool:
         """By torch's count of changes, and for what avoids it by the last value of each weight."""
-        return self.versions == self._versions(parameters) and torch.equal(torch.stack(self.last), self.last_values)
+        if self.kinds != found.kinds or self.versions != self._versions(found):
+            return False
+        return torch.equal(torch.stack(self.last), self.last_values)
 
     @staticmethod
-    def _versions(parameters: list[torch.Tensor]) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+    def _versions(found: Inspected) -> list[tuple[int, int]]:
+        try:
+            return [(parameter.data_ptr(), parameter._version) for parameter in found.parameters]
+        except RuntimeError:  # made in inference mode, where torch counts no changes
+            return [(parameter.data_ptr(), 0) for parameter in found.parameters]
 
 
 _COPIES: WeakKeyDictionary[PreTrainedModel, dict[Any, _Copy]] = WeakKeyDictionary()
@@ -638,12 +652,12 @@ if os.name == "posix":
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def copy_of(model: PreTrainedModel, parameters: list[torch.Tensor], make: Callable, *arguments: Any) -> Any:
+def copy_of(model: PreTrainedModel, found: Inspected, make: Callable, *arguments: Any) -> Any:
     """
-    `make(model, *arguments)`, made at the first use and again after the weights have changed. Threads may call it.
+    `make(model, *arguments)`, made at the first use and again after the model has changed. Threads may call it.
 
     Args:
-        parameters: what `inspect_model` finds.
+        found: of `inspect_model`.
         make: a class of packed weights, such as `PackedTransformer`.
 
     Raises:
@@ -651,15 +665,15 @@ def copy_of(model: PreTrainedModel, parameters: list[torch.Tensor], make: Callab
     """
     copies, kind = _COPIES.setdefault(model, {}), (make, *arguments)
     # Read once: another thread may take it out.
-    found = copies.get(kind)
-    if found is None or not found.is_of(parameters):
+    copy = copies.get(kind)
+    if copy is None or not copy.is_of(found):
         with _packing:
-            found = copies.get(kind)
-            if found is None or not found.is_of(parameters):
+            copy = copies.get(kind)
+            if copy is None or not copy.is_of(found):
                 copies.pop(kind, None)
                 refuse_lost_weights(model)
-                copies[kind] = found = _Copy(make(model, *arguments), parameters)
-    return found.made
+                copies[kind] = copy = _Copy(make(model, *arguments), found)
+    return copy.made
 
 
 # The methods that decide what a module computes, and those that transformers' loops call of a model.
@@ -729,16 +743,14 @@ def _why_unknown_module(module: nn.Module) -> str | None:
     return None
 
 
-def inspect_model(model: PreTrainedModel) -> tuple[list[torch.Tensor], str | None]:
+def inspect_model(model: PreTrainedModel) -> Inspected:
     """
     Looks whether the engines compute what the model does: whether all modules are known, as `know` has it, nobody's
     hook wants them to be called, and all weights are torch's own, on one device, in one dtype that is packed.
-
-    Returns:
-        The model's parameters, tied ones as often as they are used; and what is not known, in words, or None.
     """
     positions = (model.model.encoder.embed_positions, model.model.decoder.embed_positions)
     parameters: list[Any] = []
+    kinds: list[type] = []
     methods: dict[type, dict[str, Any]] = {}
     # torch's `modules()` takes three times as long, and this is done at each call of `generate()`.
     modules: list[nn.Module] = [model]
@@ -748,6 +760,7 @@ def inspect_model(model: PreTrainedModel) -> tuple[list[torch.Tensor], str | Non
         kind, state, why = type(module), module.__dict__, None
         if kind not in methods:
             methods[kind], why = _known_methods(kind) or {}, _why_unknown_class(kind)
+        kinds.append(kind)
         # Most modules are leaves, which have one method.
         changed = "forward" in state or (state["_modules"] and not state.keys().isdisjoint(methods[kind]))
         if changed or state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"]:
@@ -758,9 +771,9 @@ def inspect_model(model: PreTrainedModel) -> tuple[list[torch.Tensor], str | Non
                 why = why or f"the class {kind.__name__}"
         if why:
             name = next(name for name, each in model.named_modules() if each is module)
-            return [], f"{why} ({name or 'the model'})"
+            return Inspected(parameters, kinds, f"{why} ({name or 'the model'})")
         modules.extend(state["_modules"].values())
-    return parameters, _why_unknown_weights(parameters) or _why_unknown_setting(model)
+    return Inspected(parameters, kinds, _why_unknown_weights(parameters) or _why_unknown_setting(model))
 
 
 def _why_unknown_weights(parameters: list[torch.Tensor]) -> str | None:

@@ -46,7 +46,8 @@ def why_not_searched(model: Any, job: SearchJob) -> str | None:
     activations = {type(layer.activation_fn) for layer in [*model.model.encoder.layers, *model.model.decoder.layers]}
     learned = model.config.position_embedding_type == "learned"
     unknown = {
-        f"the activation {model.config.activation_function}": len(activations) > 1 or not activations <= {*ACTIVATIONS},
+        f"the activation {' and '.join(sorted(kind.__name__ for kind in activations))}": len(activations) > 1
+        or not activations <= {*ACTIVATIONS},
         "sampling": config.do_sample,
         "groups of beams": (config.num_beam_groups or 1) > 1,
         "a coverage penalty": job.options.coverage_penalty != 0.0,

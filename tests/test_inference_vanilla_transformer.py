@@ -843,7 +843,7 @@ CHANGES = {
     dropout_alone_in_training: "training mode (model.decoder.layers.0.dropout)",
     in_float64: "weights in torch.float64",
     a_wrapped_layer: "Wrapped.forward, which is not this package's own (model.decoder.layers.0.fc1)",
-    another_kind_of_positions: "the class NoPositions (model.encoder.embed_positions)",
+    another_kind_of_positions: ".NoPositions (model.encoder.embed_positions)",
     a_hook: "a hook (model.decoder.layers.1.fc2)",
     a_hook_with_keywords_on_the_model: "a hook (the model)",
     a_hook_that_is_an_object: "a hook (lm_head)",

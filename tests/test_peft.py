@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.inference_vanilla_transformer import parameters_of_plain_modules
+from vanilla_transformer.inference_vanilla_transformer import inspect_model
 from vanilla_transformer.loss_vanilla_transformer import label_smoothed_cross_entropy
 from vanilla_transformer.training.adapters import add_adapters
 from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, parse_recipe
@@ -45,7 +45,7 @@ def test_fast_paths_step_aside_for_adapters_and_are_back_after_the_merge(lively_
     wrapped = adapted(model)
 
     # 1. adapted: transformers' own search, and a head that is called
-    assert parameters_of_plain_modules(wrapped.base_model.model) is None
+    assert inspect_model(wrapped.base_model.model).unknown == "the class peft.tuners.lora.layer.Linear (lm_head)"
     found = wrapped.generate(input_ids=source, **options)
     assert not torch.equal(found, before)
     assert torch.equal(found, GenerationMixin.generate(wrapped.base_model.model, source, **options))
@@ -61,7 +61,7 @@ def test_fast_paths_step_aside_for_adapters_and_are_back_after_the_merge(lively_
     # 2. merged: our search on the new weights, with the same result
     merged = wrapped.merge_and_unload()
     assert merged is model
-    assert parameters_of_plain_modules(merged) is not None
+    assert inspect_model(merged).unknown is None
     torch.testing.assert_close(merged(**batch).logits, logits, atol=1e-5, rtol=1e-4)
     assert torch.equal(merged.generate(source, **options), found)
     assert merged.train()(**batch).logits is None  # projection and loss in one

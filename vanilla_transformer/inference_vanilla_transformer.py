@@ -722,7 +722,7 @@ def _why_unknown_class(kind: type) -> str | None:
     """Which of its methods is not known, in words; None if all are."""
     known = _known_methods(kind)
     if known is None:
-        return f"the class {kind.__name__}"
+        return f"the class {kind.__module__}.{kind.__qualname__}"
     for name, method in known.items():
         found = getattr(kind, name, None)
         if found is not method and _unwrapped(found) is not _unwrapped(method):
@@ -768,7 +768,7 @@ def inspect_model(model: PreTrainedModel) -> Inspected:
         if own := state["_parameters"]:
             parameters += own.values()
             if kind not in _PLAIN and module not in positions:
-                why = why or f"the class {kind.__name__}"
+                why = why or f"the class {kind.__module__}.{kind.__qualname__}"
         if why:
             name = next(name for name, each in model.named_modules() if each is module)
             return Inspected(parameters, kinds, f"{why} ({name or 'the model'})")

@@ -197,12 +197,16 @@ def check_machine(options: argparse.Namespace) -> None:
     import torch
 
     from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.report import make_sure_of_file
 
     if sys.platform != "linux":
         raise UserError(f"memory is read from /proc, which {sys.platform} has not: run this on Linux")
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"output={options.output}: there is no such folder to write it in")
-    options.threads = options.threads or len(os.sched_getaffinity(0))
+    if options.output:
+        make_sure_of_file("output", options.output)
+    cores = len(os.sched_getaffinity(0))
+    options.threads = options.threads or cores
+    if options.threads > cores:
+        raise UserError(f"threads={options.threads} would wait for each other: this process has {cores} cores")
     torch.set_num_threads(options.threads)
 
 
@@ -211,8 +215,8 @@ def check_preload(library: str | None) -> None:
     from vanilla_transformer.training.arguments import UserError
 
     environment = {**os.environ, "LD_PRELOAD": library or ""}
-    loaded = subprocess.run([sys.executable, "-S", "-c", ""], env=environment, capture_output=True, text=True)
-    if warning := loaded.stderr.strip():
+    loaded = subprocess.run([sys.executable, "-S", "-c", ""], env=environment, capture_output=True)
+    if warning := loaded.stderr.decode(errors="replace").strip():
         raise UserError(f"preload={library}: {warning.splitlines()[0]}")
 
 
@@ -675,6 +679,7 @@ def prepare_translation(
     """The model, its tokenizer, their folder, which is written unless it is the user's, and the cells' tasks."""
     from transformers import set_seed
 
+    from vanilla_transformer.training.arguments import UserError
     from vanilla_transformer.training.data import load_pairs
     from vanilla_transformer.training.evaluate import load_model
     from vanilla_transformer.training.train import build_model
@@ -684,6 +689,9 @@ def prepare_translation(
         recipe.data.train_file = recipe.data.validation_file = None
         pairs = load_pairs(recipe.data)["test"]
         model, tokenizer = load_model(options.model)
+        eos = model.generation_config.eos_token_id
+        if not isinstance(eos, int):
+            raise UserError(f"--model {options.model} has eos_token_id={eos}, and its peers end sentences by one token")
         tasks = tasks_of_text(tokenizer, pairs, recipe.decoding.bleu_tokenize, options.cells or list(SEARCHES))
         return model, tokenizer, options.model, tasks
     set_seed(recipe.training.seed)

@@ -12,8 +12,7 @@ says what is carried over, and what is refused.
 """
 
 import argparse
-import os
-import shutil
+import math
 import sys
 from pathlib import Path
 from pickle import UnpicklingError
@@ -53,24 +52,27 @@ def main(argv: list[str]) -> None:
     """Reads, converts, writes."""
     arguments = parse_arguments(argv)
     # Imported here, so that --help is instant.
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     from vanilla_transformer.loading_vanilla_transformer import refuse_other_tokenizer
     from vanilla_transformer.training.arguments import UserError
+    from vanilla_transformer.training.report import new_folder
 
-    if arguments.output.exists():
-        raise UserError(f"--output {arguments.output} exists: choose another, or delete it first")
     if not arguments.source.exists():
         raise UserError(f"{arguments.source}: there is no such file or folder")
-    try:
-        model, tokenizer = read(arguments)
-        refuse_other_tokenizer(tokenizer, model.config)
-    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot convert {arguments.source}: {' '.join(str(error).split())}") from error
-    # What a file of settings of another form makes of loaders is anybody's guess.
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise UserError(f"cannot convert {arguments.source}: one of its files is odd: {error!r}") from error
-    write(model, tokenizer, arguments.output)
+    damaged = (OSError, RuntimeError, ImportError, SafetensorError, UnpicklingError)
+    with new_folder("output", arguments.output) as folder:
+        try:
+            model, tokenizer = read(arguments)
+            refuse_other_tokenizer(tokenizer, model.config)
+        except (ValueError, StrictDataclassError, *damaged) as error:
+            raise UserError(f"cannot convert {arguments.source}: {' '.join(str(error).split())}") from error
+        # What a file of settings of another form makes of loaders is anybody's guess.
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise UserError(f"cannot convert {arguments.source}: one of its files is odd: {error!r}") from error
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{arguments.source}: {model.num_parameters():,} parameters, saved in {arguments.output}")
 
 
@@ -139,6 +141,10 @@ def read_torch(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrai
     for name in ("tokenizer", "heads", "source_embedding"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--format torch needs --{name}, which no state dict tells")
+    if arguments.heads < 1:
+        raise ValueError(f"--heads {arguments.heads} must be at least 1")
+    if not 0 < arguments.layer_norm_eps < math.inf:
+        raise ValueError(f"--layer_norm_eps {arguments.layer_norm_eps} must be above 0")
     source = arguments.source
     state = read_safetensors([source]) if source.suffix == ".safetensors" else read_pickle(source)
     tokenizer = load_tokenizer(arguments.tokenizer)
@@ -158,15 +164,6 @@ def read_torch(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrai
         origin=str(source),
     )
     return model, tokenizer
-
-
-def write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", output: Path) -> None:
-    """Writes a folder, which is whole or not there."""
-    beside = Path(f"{output}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    os.replace(beside, output)
 
 
 def run() -> None:

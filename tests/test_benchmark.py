@@ -396,7 +396,7 @@ def test_a_mistake_ends_decoding_before_anything_is_measured(arguments, message,
         (["--cells", "base", "--loss_tokens", "8"], "error: --loss_tokens compares the losses of tiny"),
         (
             ["--cells", "base", "--output", "missing/out.json"],
-            "output=missing/out.json: there is no such",
+            "output=missing/out.json: there is no folder missing",
         ),
         (["--rounds", "0"], "0 must be at least 1"),
     ],

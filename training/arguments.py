@@ -6,7 +6,6 @@ import difflib
 import errno
 import io
 import logging
-import math
 import os
 import select
 import sys
@@ -69,8 +68,11 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
     "at least 1, or -1 to count epochs (num_train_epochs)": (lambda n: n >= 1 or n == -1, "max_steps"),
     "between 0 and 2**32 - 1": (lambda n: 0 <= n < 2**32, "seed data_seed"),
-    "a number": (lambda n: True, "length_penalty"),
+    # Lengths to the power of it must be numbers that a float can hold.
+    "between -50 and 50": (lambda n: -50 <= n <= 50, "length_penalty"),
 }
+# No number is as large: torch and numpy would fail without the field's name.
+LARGEST = 2**32
 
 
 def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
@@ -83,8 +85,9 @@ def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
     for words, (holds, names) in LIMITS.items():
         for name in names.split():
             value = getattr(arguments, name, None)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise kind(f"{name}={value} must be {words}")
+            if value is not None and not (abs(value) < LARGEST and holds(value)):
+                too_large = f", and below {LARGEST}" if abs(value) >= LARGEST else ""
+                raise kind(f"{name}={value} must be {words}{too_large}")
 
 
 def check_bleu_tokenizer(name: str) -> None:
@@ -421,8 +424,10 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         main(argv)
         sys.stdout.flush()
-    except (UserError, StrictDataclassError) as error:
+    except UserError as error:
         _end(2, f"error: {error}")
+    except StrictDataclassError as error:  # of two lines
+        _end(2, f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         _end(130, "\ninterrupted")
     except OSError as error:

@@ -51,6 +51,7 @@ def make_sure_of_folder(option: str, path: str | Path) -> None:
         UserError: there cannot. The message names the option.
     """
     with _refusing(option, path):
+        str(path).encode()  # tokenizers would fail
         there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
@@ -83,6 +84,7 @@ def new_folder(option: str, path: str | Path) -> Iterator[Path]:
     """
     beside = Path(f"{path}.part")
     with _refusing(option, path):
+        str(path).encode()  # tokenizers would fail
         if os.path.lexists(path):
             raise UserError(f"{option}={path} exists: choose another, or delete it first")
         shutil.rmtree(beside, ignore_errors=True)  # of a program that was killed
@@ -101,6 +103,8 @@ def _refusing(option: str, path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{option}={path} cannot be written into: {error.strerror}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{option}={path} cannot be written into: its name is not UTF-8") from error
 
 
 def to_disk(file: IO) -> None:

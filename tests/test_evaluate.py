@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -9,7 +10,7 @@ import pytest
 import sacrebleu
 import torch
 import yaml
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.training.arguments import UserError
@@ -119,5 +120,9 @@ def test_a_closed_output_would_lose_the_scores(run, monkeypatch):
 
 def test_half_of_a_surrogate_pair_is_named(run):
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
-    with pytest.raises(UserError, match=r"text 2 holds '\\ud83d', half of a surrogate pair, as its character 3"):
-        translate(model, tokenizer, ["ban", "do\ud83d"])
+    pipe, texts = pipeline("translation", model=str(run), device="cpu"), ["ban", "do\ud83d"]
+    for call in (partial(translate, model, tokenizer), pipe, lambda texts: list(pipe(iter(texts)))):
+        with pytest.raises(ValueError, match=r"^text 2 holds '\\ud83d', half of a surrogate pair, as its character 3"):
+            call(texts)
+    with pytest.raises(ValueError, match=r"^text 1 holds"):
+        next(pipe.stream(texts[1]))

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline, TextIteratorStreamer
 
-from .loading_vanilla_transformer import refuse_other_tokenizer
+from .loading_vanilla_transformer import refuse_other_tokenizer, text_fault
 
 
 # Of a generator or a dataset, so many batches of sentences are read ahead, to be sorted by their length.
@@ -125,8 +125,8 @@ class TranslationPipeline(Pipeline):
             `required_phrases`, `forbidden_phrases`).
 
     Raises:
-        ValueError: a sentence is longer than learned positions reach, an option does not fit, or the tokenizer is that
-            of another model.
+        ValueError: a sentence is longer than learned positions reach, a text holds half of a surrogate pair, an option
+            does not fit, or the tokenizer is that of another model.
         TypeError: an input is no string.
     """
 
@@ -260,6 +260,8 @@ class TranslationPipeline(Pipeline):
                 f"text {number} is not a string, but of type {type(text).__name__}: of a dataset, give one column, as "
                 'dataset["source"] or KeyDataset(dataset, "source")'
             )
+        if fault := text_fault(text):
+            raise ValueError(f"text {number} {fault}")
         prepared = self.preprocess(text, **preprocess_params)
         config = self.model.config
         # Other models can be loaded for this task, and have no such field.

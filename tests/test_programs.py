@@ -201,3 +201,11 @@ def test_a_folder_that_is_written_is_whole_or_not_there(tmp_path):
     for name in ("above", "link"):
         with pytest.raises(UserError, match=f"output=.*{name} exists"), new_folder("output", tmp_path / name):
             pass
+
+
+def test_the_phrasebook_is_printed_in_any_encoding():
+    command = [sys.executable, "-m", "vanilla_transformer.training.phrasebook", "en-ja", "--per-kind", "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    run = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert rb"\u" in run.stdout

@@ -376,6 +376,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other phrases (default: 0)")
     parser.add_argument("--per-kind", type=int, default=3, help="phrases to print of each kind (default: 3)")
     args = parser.parse_args()
+    if args.per_kind < 1:
+        parser.error(f"--per-kind {args.per_kind} must be at least 1")
     try:
         source, target = parse_pair(args.pair)
     except ValueError as error:
@@ -388,4 +390,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from .arguments import run_program
+
+    run_program(lambda _: main(), [])

@@ -1,11 +1,16 @@
 """Where the compiled program comes from, which engine decodes and why, and what a machine may lack."""
 
+import errno
 import os
 import re
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,18 +71,13 @@ class TestFile:
         assert [path.suffix for path in cache.iterdir()] == [".so"]
         assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
-    def test_processes_may_compile_at_once(self, cache):
-        code = "from vanilla_transformer.program_vanilla_transformer import load; load()"
-        several = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-        assert [process.wait(timeout=300) for process in several] == [0, 0, 0]
-        assert [path.suffix for path in cache.iterdir()] == [".so"]
-
     @pytest.fixture
     def file(self, cache):
-        """A file that stands where the program is looked for."""
+        """A file that stands where the program is looked for, by the name that it should have."""
         cache.mkdir(parents=True)
-        file = cache / program._Program().name
-        file.write_bytes(b"no program")
+        content = b"no program"
+        file = cache / f"{program._Program().key}-{program._digest(content)}.so"
+        file.write_bytes(content)
         return file
 
     def test_a_file_that_others_could_have_written_is_refused(self, lively_model, source, file, expected):
@@ -93,22 +93,24 @@ class TestFile:
         monkeypatch.setattr(program.os, "getuid", lambda: 12345)
         assert_decodes_without_it(lively_model(), source, expected, f"{file.parent} belongs to user")
 
-    def test_a_file_that_is_no_program_is_refused(self, lively_model, source, file, expected):
-        assert_decodes_without_it(lively_model(), source, expected, "cannot be loaded")
+    def test_beside_a_program_that_this_machine_cannot_load_it_is_compiled(
+        self, lively_model, source, monkeypatch, cache, file, expected
+    ):
+        """Where machines share a home, it may be that of another, with newer libraries."""
+        for _ in range(2):
+            model = lively_model()
+            assert torch.equal(model.generate(**source, max_new_tokens=8), expected)
+            assert model.last_engine == ("compiled", "")
+            assert file.exists()
+            assert len(list(cache.iterdir())) == 2
+            monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+            program.forget()
 
     def test_another_layout_is_refused(self, lively_model, source, monkeypatch, expected):
         fields = [(name, kind) for name, kind in program.Job._fields_ if name != "beams"]
         shorter = type("Structure", (program.ctypes.Structure,), {"_fields_": fields})
         monkeypatch.setattr(program, "Job", shorter)
         assert_decodes_without_it(lively_model(), source, expected, "lays out its data")
-
-    def test_without_a_folder_that_can_be_written_it_is_compiled_for_the_process(
-        self, lively_model, source, monkeypatch, expected
-    ):
-        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")  # where nobody can make a folder, root included
-        model = lively_model()
-        assert torch.equal(model.generate(**source, max_new_tokens=8), expected)
-        assert model.last_engine.name == "compiled"
 
     def test_without_a_home_there_is_no_cache_folder(self, monkeypatch):
         monkeypatch.delenv("XDG_CACHE_HOME")
@@ -120,7 +122,163 @@ def _no_home(_):
     raise RuntimeError("Could not determine home directory.")
 
 
+# In a process of its own, for a damaged program ends the process that runs it. Each is a file that was never loaded.
+DAMAGED = """
+import os, sys
+from pathlib import Path
+from vanilla_transformer import program_vanilla_transformer as program
+
+program.load()
+(file,) = Path(sys.argv[1]).iterdir()
+whole = file.read_bytes()
+damages = {
+    "empty": b"",
+    "cut off": whole[: len(whole) // 2],
+    "cut off at its end": whole[:-100],
+    "zeros, as a crash leaves it": bytes(len(whole)),
+    "zeros at its end": whole[:-4096] + bytes(4096),
+    "garbage": os.urandom(len(whole)),
+}
+for name, damaged in damages.items():
+    print(name, flush=True)
+    file.unlink()
+    file.write_bytes(damaged)
+    program.forget()
+    program.load()
+    assert [each.read_bytes() for each in file.parent.iterdir()] == [whole]
+"""
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """The program, compiled once for all tests that need no more than that."""
+    file = tmp_path_factory.mktemp("built") / "program.so"
+    command = [*program._compiler(), *program.FLAGS, "-O0", *program.compiler_flags(), "-shared", str(program.SOURCE)]
+    subprocess.run([*command, "-o", str(file)], check=True)
+    return file
+
+
+@pytest.fixture
+def ready_compiler(monkeypatch, tmp_path, built) -> None:
+    """A compiler that has it at hand."""
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\nfor last; do :; done\ncp {built} "$last"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+
+def decodes(model, source, expected) -> None:
+    """By the compiled program."""
+    assert torch.equal(model.generate(**source, max_new_tokens=8), expected)
+    assert model.last_engine == ("compiled", "")
+
+
+@needs_compiler
+@pytest.mark.usefixtures("ready_compiler")
+class TestDamage:
+    """A program that a crash or a full disk has left, and folders that a program cannot be kept in."""
+
+    def test_a_damaged_file_is_found_and_compiled_anew(self, cache):
+        command = [sys.executable, "-c", DAMAGED, str(cache)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("\n") == 6
+
+    def test_processes_may_compile_at_once(self, cache):
+        code = "from vanilla_transformer.program_vanilla_transformer import load; load()"
+        several = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+        assert [process.wait(timeout=300) for process in several] == [0, 0, 0]
+        assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+    def test_a_read_only_folder_gives_its_program(self, lively_model, source, monkeypatch, cache, expected):
+        decodes(lively_model(), source, expected)
+
+        def read_only(*_, **__):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        for name in ("mkdir", "chmod", "unlink"):
+            monkeypatch.setattr(Path, name, read_only)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+        program.forget()
+        decodes(lively_model(), source, expected)
+
+    def test_without_a_folder_that_can_be_written_it_is_compiled_for_the_process(
+        self, lively_model, source, monkeypatch, expected
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")  # where nobody can make a folder, root included
+        decodes(lively_model(), source, expected)
+
+    def test_a_read_only_folder_without_it_is_left_alone(self, lively_model, source, monkeypatch, cache, expected):
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        decodes(lively_model(), source, expected)
+        assert not list(cache.iterdir())
+
+    def test_a_folder_mounted_noexec_is_left_alone(self, lively_model, source, monkeypatch, cache, expected):
+        monkeypatch.setattr(program, "_is_noexec", lambda path: cache == path)
+        decodes(lively_model(), source, expected)
+        assert not list(cache.iterdir())
+
+    def test_where_every_folder_is_mounted_noexec_it_is_told(self, lively_model, source, monkeypatch, expected):
+        def refused(path):
+            raise OSError(f"{path}: failed to map segment from shared object")
+
+        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
+        monkeypatch.setattr(program.ctypes, "PyDLL", refused)
+        told = "on a file system mounted noexec, set TMPDIR to another"
+        assert_decodes_without_it(lively_model(), source, expected, told)
+
+    def test_a_full_disk_is_told(self, lively_model, source, monkeypatch, expected):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/compiling-1")
+
+        monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+        told = "the compiled program cannot be written: [Errno 28] No space left on device: '/cache/compiling-1'"
+        assert_decodes_without_it(lively_model(), source, expected, told)
+
+    def test_after_an_interrupt_the_next_call_looks_anew(self, lively_model, source, monkeypatch, expected):
+        cached = program._Program.cached
+
+        def interrupted(self):
+            monkeypatch.setattr(program._Program, "cached", cached)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(program._Program, "cached", interrupted)
+        with suppress(KeyboardInterrupt):
+            lively_model().generate(**source, max_new_tokens=8)
+        decodes(lively_model(), source, expected)
+
+
+# What a compiler may do, as a shell script, and what is told of it.
+FAILURES = {
+    "kill -9 $$": "was killed by SIGKILL: is there enough memory?",
+    "echo 'g++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1": (
+        "broke off: g++: fatal error: Killed signal terminated program cc1plus: is there enough memory?"
+    ),
+    "echo 'collect2: fatal error: ld terminated with signal 9 [Killed]' >&2; exit 1": (
+        "broke off: collect2: fatal error: ld terminated with signal 9 [Killed]: is there enough memory?"
+    ),
+    "echo '/tmp/cc1.s: fatal error: /tmp/cc1.o: No space left on device' >&2; exit 1": (
+        "found the disk full: /tmp/cc1.s: fatal error: /tmp/cc1.o: No space left on device"
+    ),
+    "echo 'error: unterminated argument list' >&2; exit 1": (
+        "failed with exit status 1; set CXX to one that knows C++20\nerror: unterminated argument list"
+    ),
+    "exit 0": "the compiled program cannot be written: [Errno 2] No such file or directory",
+    'for last; do :; done; echo nonsense > "$last"': "the compiled program cannot be loaded: ",
+}
+
+
 class TestMissing:
+    @pytest.mark.parametrize(("script", "told"), FAILURES.items(), ids=range(len(FAILURES)))
+    def test_why_a_compiler_fails(self, lively_model, source, monkeypatch, tmp_path, cache, expected, script, told):
+        compiler = tmp_path / "compiler"
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        assert_decodes_without_it(lively_model(), source, expected, told)
+        assert not list(cache.iterdir())
+
     @pytest.mark.parametrize(
         ("compiler", "told"), [("/no/such/compiler", "cannot be run"), ("false", "false failed with exit status 1")]
     )

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -118,60 +119,105 @@ class _Program:
             text = SOURCE.read_bytes() + HEADER.read_bytes()
         except OSError as error:
             raise ProgramError(f"the source is missing ({error}): install vanilla_transformer with pip") from error
-        self.name = hashlib.sha256(text + repr(self.command).encode()).hexdigest()[:16] + ".so"
+        self.key = _digest(text + repr(self.command).encode())
 
-    def cached(self) -> Path | None:
+    def cached(self) -> ctypes.PyDLL | None:
         """
-        The file in the cache folder, if it is there.
+        The program from the cache folder, if it is there. A file that is damaged is deleted: a crash or a full disk may
+        have left a part of it, and to run that would end the process. One that this machine cannot load stays: where
+        several machines share a home, it may be another's.
 
         Raises:
             ProgramError: another user could have written it.
         """
         folder = _cache_folder()
-        file = folder and folder / self.name
-        if file is None or not file.exists():
-            return None
-        _refuse_foreign(file)
-        return file
+        for file in sorted(folder.glob(f"{self.key}-*.so")) if folder else ():
+            with suppress(OSError):  # another process may have deleted it
+                _refuse_foreign(file)
+                if file.stem != self._stem(file):
+                    file.unlink()
+                    continue
+                with suppress(ProgramError):
+                    return _loaded(file)
+        return None
 
     def compiled(self) -> ctypes.PyDLL:
-        """Compiles and loads it. Beside, then renamed: other processes may be doing the same."""
+        """
+        Compiles it, loads it, and keeps it. Beside, then renamed: other processes may be doing the same.
+
+        Raises:
+            ProgramError: it cannot be compiled, written or loaded.
+        """
         folder = _cache_folder()
-        with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as beside:
-            file = Path(beside) / self.name
-            self._run([*self.command, "-o", str(file)])
-            if folder is not None:
-                file = file.replace(folder / self.name)
-            return _loaded(file)  # a loaded file may be deleted
+        folder = folder if folder and os.access(folder, os.W_OK) else None
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as beside:
+                file = Path(beside) / "program.so"
+                self._run([*self.command, "-o", str(file)])
+                library = _loaded(file)  # a loaded file may be moved, or deleted
+                if folder is not None:
+                    file.replace(folder / f"{self._stem(file)}.so")
+                return library
+        except OSError as error:
+            raise ProgramError(f"the compiled program cannot be written: {error}") from error
+
+    def _stem(self, file: Path) -> str:
+        """The name of a file with these bytes."""
+        return f"{self.key}-{_digest(file.read_bytes())}"
 
     def _run(self, command: list[str]) -> None:
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
+            # In English, which `_why_failed` reads.
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
         except OSError as error:
             raise ProgramError(f"the C++ compiler {self.compiler[0]} cannot be run: {error}") from error
         if done.returncode:
-            raise ProgramError(
-                f"the C++ compiler {self.compiler[0]} failed with exit status {done.returncode}; set CXX to one that "
-                f"knows C++20\n{done.stderr[-2000:]}".rstrip()
-            )
+            raise ProgramError(f"the C++ compiler {self.compiler[0]} {_why_failed(done)}")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _why_failed(done: subprocess.CompletedProcess) -> str:
+    """What ended a compiler, in words."""
+    if done.returncode < 0:
+        return f"was killed by {signal.Signals(-done.returncode).name}: is there enough memory?"
+    for line in done.stderr.splitlines():
+        if "No space left on device" in line or "quota exceeded" in line:
+            return f"found the disk full: {line.strip()}"
+        # Of a program that it runs: "Killed signal terminated program cc1plus", "ld terminated with signal 9 [Killed]",
+        # "unable to execute command: Killed".
+        if ("signal" in line and "terminated" in line) or "unable to execute command" in line:
+            return f"broke off: {line.strip()}: is there enough memory?"
+    told = done.stderr[-2000:]
+    return f"failed with exit status {done.returncode}; set CXX to one that knows C++20\n{told}".rstrip()
 
 
 def _cache_folder() -> Path | None:
     """
-    The user's own folder for compiled programs, or None where there is none that can be written.
+    The user's own folder for compiled programs, or None where there is none, or none that programs can be loaded from.
 
     Raises:
         ProgramError: another user could write into it.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vanilla_transformer"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid == os.getuid():
-            folder.chmod(0o700)
-    except (OSError, RuntimeError):  # read-only, or a user without a home
+        with suppress(OSError):  # read-only, which does if it is there
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid == os.getuid():
+                folder.chmod(0o700)
+        if not folder.is_dir() or _is_noexec(folder):
+            return None
+    except (OSError, RuntimeError):  # in a folder that is closed to this user, or a user without a home
         return None
     _refuse_foreign(folder)
-    return folder if os.access(folder, os.W_OK) else None
+    return folder
+
+
+def _is_noexec(path: Path) -> bool:
+    """Whether its file system is mounted so that no program can be loaded from it."""
+    return bool(os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -193,7 +239,8 @@ def _loaded(file: Path) -> ctypes.PyDLL:
         library = ctypes.PyDLL(str(file))
         functions = [library.vt_create, library.vt_search, library.vt_destroy, library.vt_message, library.vt_layout]
     except (OSError, AttributeError) as error:
-        raise ProgramError(f"the compiled program cannot be loaded: {error}; delete {file}") from error
+        why = f"{file.parent} is on a file system mounted noexec, set TMPDIR to another" if _is_noexec(file) else error
+        raise ProgramError(f"the compiled program cannot be loaded: {why}") from error
     create, search, destroy, message, layout = functions
     create.argtypes, create.restype = [_POINTER, _POINTER, _INDEX, _POINTER], _INDEX
     search.argtypes, search.restype = [_POINTER, _POINTER], _INDEX
@@ -205,7 +252,7 @@ def _loaded(file: Path) -> ctypes.PyDLL:
         ours = [ctypes.sizeof(structure), *(getattr(structure, name).offset for name in names)]
         theirs = layout(number)[: len(ours)]
         if ours != theirs:
-            raise ProgramError(f"the compiled program lays out its data as {theirs}, Python as {ours}: delete {file}")
+            raise ProgramError(f"the compiled program lays out its data as {theirs}, Python as {ours}: install it anew")
     return library
 
 
@@ -244,13 +291,13 @@ def _started() -> Future:
     global _future
     with _lock:
         if _future is None:
-            _future = Future()
-            _start(_future)
+            _future = _start()
         return _future
 
 
-def _start(future: Future) -> None:
+def _start() -> Future:
     """Loads a program that is there at once, and compiles one that is not in a thread."""
+    future: Future = Future()
 
     def compile_it(program: _Program) -> None:
         try:
@@ -260,12 +307,13 @@ def _start(future: Future) -> None:
 
     try:
         program = _Program()
-        if file := program.cached():
-            future.set_result(_loaded(file))
+        if library := program.cached():
+            future.set_result(library)
         else:
             threading.Thread(target=compile_it, args=(program,), name="compiling").start()
     except ProgramError as error:
         future.set_exception(error)
+    return future
 
 
 def forget() -> None:

@@ -1,6 +1,7 @@
 """Scores against sacrebleu's command line and by hand."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -50,3 +51,17 @@ def test_exact_match_counts_equal_strings():
 def test_a_perfect_translation_has_perfect_scores():
     scores = TranslationMetrics().compute(predictions=REFERENCES, references=REFERENCES)
     assert (scores["bleu"], scores["chrf"], scores["ter"]) == pytest.approx((100, 100, 0))
+
+
+def test_no_folder_is_needed():
+    """Where `HF_HOME` is on a read-only file system. An error would come when all has been translated."""
+    code = (
+        "from vanilla_transformer.training.metrics import TranslationMetrics\n"
+        "metrics = TranslationMetrics()\n"
+        "for _ in range(2):\n"
+        "    print(metrics.compute(predictions=['the cat sat'], references=['the cat sat'])['exact_match'])"
+    )
+    # Nobody can make a folder there, root included.
+    environment = {**os.environ, "HF_HOME": "/proc/huggingface", "XDG_CACHE_HOME": "/proc/cache"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "100.0\n100.0\n", done.stderr

@@ -25,6 +25,13 @@ Returns:
 class TranslationMetrics(evaluate.Metric):
     """`TranslationMetrics().compute(predictions=[...], references=[...])` gives all scores at once."""
 
+    def __init__(self):
+        # No folder is written, which could fail after all has been translated (`HF_HOME` on a read-only file system).
+        super().__init__(keep_in_memory=True)
+
+    def _build_data_dir(self) -> str:
+        return ""
+
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(

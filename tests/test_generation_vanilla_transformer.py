@@ -3,6 +3,10 @@
 import copy
 import itertools
 import json
+import os
+import platform
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +15,7 @@ from compilers import HAS_COMPILER, needs_compiler
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
-from vanilla_transformer import VanillaTransformerForConditionalGeneration
+from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
 from vanilla_transformer import inference_vanilla_transformer as inference
 
 
@@ -422,3 +426,56 @@ class TestSettingsOfTorch:
         with torch.device("meta"):  # where there are no numbers at all
             found = decoded(model, source, options)
         assert all(map(torch.equal, found, expected))
+
+
+# Decodes a folder's model in each 16-bit type, and as evaluation and translation do, without a compiled program.
+SIXTEEN_BITS = """
+import copy, json, sys, torch
+from transformers import AutoModelForSeq2SeqLM
+from vanilla_transformer.training.evaluate import read_model, translate
+
+found, texts = {}, ["ab c", "c", "b a b"]
+inputs = torch.tensor(json.loads(sys.argv[2]))
+mask = (inputs != 0).long()
+for dtype in (torch.bfloat16, torch.float16):
+    model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], dtype=dtype)
+    model.save_pretrained(sys.argv[3])
+    model, tokenizer = read_model(sys.argv[3])
+    assert model.dtype == dtype
+    for name, of in ((f"saved in {dtype}", model.eval()), (f"{dtype} in float32", copy.deepcopy(model).float())):
+        options = {"attention_mask": mask, "max_new_tokens": 8, "compiled": False}
+        found[name] = of.generate(inputs, **options).tolist()
+        found[f"{name}, translated"] = translate(of, tokenizer, texts, max_new_tokens=8, compiled=False)
+        found[f"{name}, engine"] = of.last_engine.name
+    # Transformers' own loop, and the network itself.
+    model.generate(inputs, attention_mask=mask, max_new_tokens=8, use_cache=False)
+    assert model.score(inputs, mask, inputs).perplexity.isfinite().all()
+model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.autocast("cpu", torch.bfloat16):
+    found["autocast"] = model.generate(inputs, **options).tolist()
+    found["autocast, translated"] = translate(model, tokenizer, texts, max_new_tokens=8)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instructions can be hidden on x86-64 only")
+def test_sixteen_bits_work_on_a_processor_without_instructions_for_them(lively_model, padded, tmp_path):
+    """The weights are what is rounded: the outputs are those of a float32 model with the same weights."""
+    tokenizer = train_tokenizer(["a b c"] * 9, 270)
+    lively_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    for folder in ("model", "other"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    ids = padded(vocab_size=len(tokenizer))[0].tolist()
+    command = [sys.executable, "-c", SIXTEEN_BITS, tmp_path / "model", json.dumps(ids), tmp_path / "other"]
+    hidden = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    done = subprocess.run(command, env={**os.environ, **hidden}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for dtype in ("torch.bfloat16", "torch.float16"):
+        for what in ("", ", translated", ", engine"):
+            assert found[f"saved in {dtype}{what}"] == found[f"{dtype} in float32{what}"]
+        assert found[f"saved in {dtype}, engine"] == "packed"
+        assert len(set(map(tuple, found[f"saved in {dtype}"]))) > 1
+    # Autocast rounds to bfloat16 what is in float32.
+    assert found["autocast"] == found["saved in torch.bfloat16"]
+    assert found["autocast, translated"] == found["saved in torch.bfloat16, translated"]

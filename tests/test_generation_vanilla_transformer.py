@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -479,3 +481,58 @@ def test_sixteen_bits_work_on_a_processor_without_instructions_for_them(lively_m
     # Autocast rounds to bfloat16 what is in float32.
     assert found["autocast"] == found["saved in torch.bfloat16"]
     assert found["autocast, translated"] == found["saved in torch.bfloat16, translated"]
+
+
+class Louder(VanillaTransformerForConditionalGeneration):
+    """A user's subclass, which must be asked for its logits."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        return type(output)(**{**output, "logits": 1.5 * output.logits})
+
+
+def test_calls_of_many_threads_find_what_they_find_alone(lively_model):
+    """
+    Sources of very different lengths, for tables and buffers that grow; threads that change at every instruction; and
+    a thread beside them that loads models in 16 bits, as transformers does it: with another default dtype.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = [*torch.randint(40, 700, (9,), generator=generator).tolist(), 700, 40]
+    sources = [torch.randint(3, 61, (1, length), generator=generator) for length in lengths]
+    engines = {"packed": {"compiled": False}} | ({"compiled": {"compiled": True}} if HAS_COMPILER else {})
+    model, louder = lively_model(), lively_model(model_class=Louder)
+    jobs = [
+        (of, source, {"max_new_tokens": 5, "num_beams": 2, "return_dict_in_generate": True, **options, **told})
+        for source in sources
+        for of, options, told in (
+            *((model, options, {}) for options in engines.values()),
+            (louder, {}, {"output_scores": True}),
+        )
+    ]
+    expected = [copy.deepcopy(of).generate(source, **options) for of, source, options in jobs]
+    done, before = threading.Event(), sys.getswitchinterval()
+
+    def load_models() -> None:
+        while not done.wait(1e-4):
+            for dtype in (torch.bfloat16, torch.float64, torch.float32):
+                torch.set_default_dtype(dtype)
+
+    def call(number: int):
+        of, source, options = jobs[number % len(jobs)]
+        return of.generate(source, **options)
+
+    loading = threading.Thread(target=load_models)
+    sys.setswitchinterval(1e-6)
+    loading.start()
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(call, range(4 * len(jobs))))
+    finally:
+        done.set()
+        loading.join()
+        sys.setswitchinterval(before)
+        torch.set_default_dtype(torch.float32)
+    for number, output in enumerate(found):
+        alone = expected[number % len(jobs)]
+        assert torch.equal(output.sequences, alone.sequences)
+        assert torch.equal(output.sequences_scores, alone.sequences_scores)

@@ -102,7 +102,7 @@ def ended(tmp_path_factory) -> dict[str, tuple[int, bytes, bytes]]:
     """Status, output and errors of each case."""
     folder = tmp_path_factory.mktemp("programs")
     cases = repr([case[:2] for case in CASES.values()])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     driver = [sys.executable, "-c", DRIVER, cases]
     run = subprocess.run(driver, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

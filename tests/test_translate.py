@@ -508,7 +508,8 @@ def test_ctrl_c_is_one_line_and_what_was_done_is_kept(folder, tmp_path, monkeypa
 def test_head_takes_a_line_and_the_rest_is_silence(folder, tmp_path):
     source = write(tmp_path / "in.txt", make_lines(2) * 2000)
     words = f"'{sys.executable}' '{PATH}' '{folder}' --input '{source}' --window 2 --max_new_tokens 3 | head -1"
-    run = subprocess.run(["bash", "-c", f"set -o pipefail; {words}"], capture_output=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    run = subprocess.run(["bash", "-c", f"set -o pipefail; {words}"], env=environment, capture_output=True)
     assert run.returncode == 141
     assert run.stdout.count(b"\n") == 1
     assert said(run.stderr.decode()) == ""

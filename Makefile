@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint conformance sanitize arm peers clean
+.PHONY: quickstart test lint conformance fuzz sanitize arm peers clean
 
 # A Transformer learns the phrasebook, is saved, comes back in a new process, and translates.
 quickstart: .venv/installed
@@ -25,8 +25,12 @@ lint: .venv/installed
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
 
-# The compiled program under GCC's sanitizers, fuzzed so many seconds by each.
+# generate() beside transformers' own loops for so many seconds: random networks, sources and arguments.
 SECONDS ?= 60
+fuzz: .venv/installed
+	$(BIN)/python tests/stock_loops.py $(SECONDS)
+
+# The compiled program under GCC's sanitizers, fuzzed so many seconds by each.
 sanitize: .venv/installed
 	$(BIN)/python tests/native/run.py sanitize $(SECONDS)
 

@@ -141,8 +141,6 @@ def read_torch(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrai
     for name in ("tokenizer", "heads", "source_embedding"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--format torch needs --{name}, which no state dict tells")
-    if arguments.heads < 1:
-        raise ValueError(f"--heads {arguments.heads} must be at least 1")
     if not 0 < arguments.layer_norm_eps < math.inf:
         raise ValueError(f"--layer_norm_eps {arguments.layer_norm_eps} must be above 0")
     source = arguments.source

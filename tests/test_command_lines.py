@@ -63,9 +63,10 @@ TAKEN = {
     "--max_length_ratio": ("inf", "1.5", "1" + 30 * "0"),
     "--layer_norm_eps": ("1.5", "1" + 30 * "0"),
 }
+WRONG_TOO = {"--length_penalty": ("51", "-51")}
 # How long something goes on.
 UNBOUNDED = ("--rounds", "--warmup", "--updates", "--loss_tokens")
-NAMES = ["", "no/such/name", "a.txt", "~nobody/here", "n" * 300, "-1", "none", "../../../../..", "a b", "\udcff"]
+NAMES = ["", "no/such/name", "a.txt", "~no_such_user/here", "n" * 300, "-1", "none", "../../../../..", "a b", "\udcff"]
 
 
 def options_of(program: str) -> list[argparse.Action]:
@@ -96,7 +97,8 @@ def wrong_values(action: argparse.Action) -> list[str]:
     kind = getattr(action.type, "__name__", "str")
     if kind in ("int", "float", "positive"):
         taken = TAKEN.get(action.option_strings[0], ())
-        return ["many", "", *(number for number in NUMBERS if number not in taken)]
+        others = WRONG_TOO.get(action.option_strings[0], ())
+        return ["many", "", *(number for number in NUMBERS if number not in taken), *others]
     return ["maybe", ""] if kind == "string_to_bool" else []
 
 

@@ -914,6 +914,19 @@ def test_what_changes_no_output_is_still_decoded_here(lively_model, source, chan
     assert model.last_engine.name == "packed"
 
 
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_a_head_that_is_hooked_or_replaced_is_called_in_training(lively_model, source, change):
+    """There the loss is taken without it otherwise."""
+    model, labels = lively_model(dropout=0.0, label_smoothing=0.0).train(), source["input_ids"]
+    if change == "hook":
+        model.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
+    else:
+        model.lm_head.forward = lambda x: 0.5 * nn.functional.linear(x, model.lm_head.weight, model.lm_head.bias)
+    loss = model(**source, labels=labels).loss
+    logits = model(**source, labels=labels, return_logits=True).logits
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
 def test_a_model_that_has_told_its_attention_is_still_decoded_here(lively_model, source):
     """transformers leaves hooks in the layers, which do nothing unless something is to be recorded."""
     model = lively_model(attention="eager")

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -235,6 +236,26 @@ class TestAlign:
         alignment = model.align(input_ids, labels=torch.tensor([[7, 8, 2]] * 3))
         assert alignment.pairs == [[(1, 0), (1, 1)], [(0, 0), (0, 1)], [(3, 0), (3, 1)]]
         assert (alignment.weights.max(-1).values > 0.99).all()
+
+    def test_threads_that_score_meanwhile_do_so_as_alone(self, tiny_model, source, labels):
+        """Only the alignment needs the attention that keeps its weights, which masks otherwise."""
+        model = tiny_model(attention="sdpa")
+        aligned, scored = model.align(**source, labels=labels), model.score(**source, labels=labels)
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+
+        def call(number: int) -> bool:
+            if number % 2:
+                return torch.equal(model.align(**source, labels=labels).weights, aligned.weights)
+            found = model.score(**source, labels=labels).sequence_log_probs
+            return torch.equal(found, scored.sequence_log_probs)
+
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                assert all(pool.map(call, range(200)))
+        finally:
+            sys.setswitchinterval(before)
+        assert model.config._attn_implementation == "sdpa"
 
     def test_a_layer_that_is_not_there_is_named(self, tiny_model, source, labels):
         with pytest.raises(ValueError, match="layer=2: the decoder has 2 layers"):

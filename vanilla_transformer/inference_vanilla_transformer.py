@@ -743,6 +743,15 @@ def _why_unknown_module(module: nn.Module) -> str | None:
     return None
 
 
+def is_unchanged(module: nn.Module) -> bool:
+    """Whether its class alone decides what a module computes: there is no hook, and no `forward` of its own."""
+    return not _hooks_on_all_modules() and _why_unknown_module(module) is None
+
+
+def _hooks_on_all_modules() -> bool:
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
 def inspect_model(model: PreTrainedModel) -> Inspected:
     """
     Looks whether the engines compute what the model does: whether all modules are known, as `know` has it, nobody's
@@ -791,7 +800,7 @@ def _why_unknown_weights(parameters: list[torch.Tensor]) -> str | None:
 
 
 def _why_unknown_setting(model: PreTrainedModel) -> str | None:
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if _hooks_on_all_modules():
         return "a hook on all modules"
     name = model.config._attn_implementation
     attention: Any = ALL_ATTENTION_FUNCTIONS.get(name)  # none for "eager"

@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
-from .inference_vanilla_transformer import know
+from .inference_vanilla_transformer import is_unchanged, know
 from .loading_vanilla_transformer import GuardedLoading
 from .loss_vanilla_transformer import decoder_inputs, label_smoothed_cross_entropy, projected_cross_entropy
 from .operations_vanilla_transformer import Dropout, Linear, cast_once, fast_dropout
@@ -677,9 +677,9 @@ class VanillaTransformerForConditionalGeneration(
         smoothing = self.config.label_smoothing if self.training else 0.0
         # The base model's outputs under their own names, with its last state replaced by what is predicted from it.
         recorded = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        # A head that something has wrapped, split up or moved away (LoRA, quantisation, tensor parallelism, a device
-        # map) is called as it is.
-        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
+        # A head that something has wrapped, split up or hooked (LoRA, quantisation, tensor parallelism, a device map)
+        # is called as it is.
+        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and is_unchanged(head)
         if self.training and labels is not None and plain and return_dict and not return_logits:
             loss = projected_cross_entropy(hidden, head.weight, head.bias, labels, smoothing, num_items_in_batch)
             return OutputWithoutLogits(loss=loss, **recorded)

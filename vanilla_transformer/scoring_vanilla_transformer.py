@@ -8,6 +8,8 @@ Freitag et al. (2022, https://arxiv.org/abs/2111.09388) do it for neural models.
     H heads        d_model            V vocabulary
 """
 
+import copy
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -202,9 +204,9 @@ class VanillaTransformerScoringMixin(GenerationMixin):
         Raises:
             ValueError: as `score`, or there is no such layer.
         """
-        # The other implementations do not keep the weights.
-        with _left_as_found(self), _eager_attention(self):
-            outputs, labels, counted = self._decode_forced(input_ids, attention_mask, labels, output_attentions=True)
+        outputs, labels, counted = _eager_twin(self)._decode_forced(
+            input_ids, attention_mask, labels, output_attentions=True
+        )
         layers = outputs.cross_attentions
         if layer is None:
             layer = max(len(layers) - 2, 0)
@@ -389,12 +391,12 @@ def _left_as_found(model: Any) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def _eager_attention(model: Any) -> Iterator[None]:
-    """Attention that keeps its weights inside, and after it the model's own."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
+def _eager_twin(model: Any) -> Any:
+    """
+    The model in evaluation mode with the attention that keeps its weights: modules and config are copies, for other
+    threads may use the model meanwhile, and the weights are the model's own.
+    """
+    weights = itertools.chain(model.parameters(), model.buffers())
+    twin = copy.deepcopy(model, {id(weight): weight for weight in weights}).eval()
+    twin.set_attn_implementation("eager")
+    return twin

@@ -6,8 +6,9 @@ Random searches with random networks, by `generate()` and by transformers' own l
 
 All must find the same tokens, descend from the same beams, and give the same scores to `SCORES_AGREE`. Two kinds of
 difference do not count. Rounding may decide between hypotheses that are nearly as good: transformers' loop itself finds
-what ours has found, once its scores are changed at random by no more than `NOISE`. And where fewer outputs are possible
-than are asked for, the others are arbitrary: both give them a score below `IMPOSSIBLE`.
+what ours has found, once its scores are changed at random by no more than `NOISE`. And where scores leave the range in
+which single precision tells hypotheses apart, all of them tie exactly: at -1e9 where fewer outputs are possible than are
+asked for, at infinity where processors multiply. Both must then give scores beyond `BEYOND`.
 """
 
 import functools
@@ -26,7 +27,7 @@ from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForC
 
 # In single precision log-probabilities of these networks are 2e-5 from those in double.
 SCORES_AGREE, NOISE, NOISY_RUNS = 1e-4, 5e-5, 20
-IMPOSSIBLE = -1e6
+BEYOND = 1e6
 PAD, START, END = 0, 1, 2
 PROCESSORS = {
     "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
@@ -211,25 +212,25 @@ def search(case: Case, stock: bool, **more: Any) -> list[list[Output]]:
     return [outputs[row : row + count] for row in range(0, len(outputs), count)]
 
 
-def possible(outputs: list[Output]) -> list[Output]:
-    """Those that are not arbitrary."""
-    return [each for each in outputs if each.score is None or each.score > IMPOSSIBLE]
+def told_apart(outputs: list[Output]) -> list[Output]:
+    """Those whose place is not arbitrary."""
+    return [each for each in outputs if each.score is None or abs(each.score) < BEYOND]
 
 
 def agree(ours: list[Output], theirs: list[Output]) -> bool:
     """Whether tokens and beams are the same, and scores nearly."""
-    if len(possible(ours)) != len(possible(theirs)):
+    if len(told_apart(ours)) != len(told_apart(theirs)):
         return False
     return all(
         a[:2] == b[:2] and (a.score is None or abs(a.score - b.score) <= SCORES_AGREE * (1 + abs(b.score)))
-        for a, b in zip(possible(ours), possible(theirs), strict=True)
+        for a, b in zip(told_apart(ours), told_apart(theirs), strict=True)
     )
 
 
 def trimmed(outputs: list[Output]) -> list[list[int]]:
     """Tokens without what fills them up behind the end, which depends on the longest output of a batch."""
     rows = []
-    for row in (each.tokens for each in possible(outputs)):
+    for row in (each.tokens for each in told_apart(outputs)):
         while len(row) > 1 and row[-1] == row[-2]:
             row = row[:-1]
         rows.append(row)

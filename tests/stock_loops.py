@@ -7,8 +7,8 @@ Random searches with random networks, by `generate()` and by transformers' own l
 All must find the same tokens, descend from the same beams, and give the same scores to `SCORES_AGREE`. Two kinds of
 difference do not count. Rounding may decide between hypotheses that are nearly as good: transformers' loop itself finds
 what ours has found, once its scores are changed at random by no more than `NOISE`. And where scores leave the range in
-which single precision tells hypotheses apart, all of them tie exactly: at -1e9 where fewer outputs are possible than are
-asked for, at infinity where processors multiply. Both must then give scores beyond `BEYOND`.
+which single precision tells hypotheses apart, all tie exactly: at -1e9 where fewer outputs are possible than are asked
+for, at infinity where processors multiply. Both must then give scores beyond `BEYOND`.
 """
 
 import functools

@@ -146,9 +146,9 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         compiled = _first(compiled, getattr(config, "compiled", None))
         options = _options(config, length_penalty_form, coverage_penalty)
         sentences = _sentences(inputs, model_inputs)
-        reason = self._why_not_here(config, model_inputs, sentences, kwargs)
         found = inspect_model(self)
-        if sentences is None or (reason := reason or found.unknown):
+        reason = self._why_not_here(config, model_inputs, sentences, kwargs) or found.unknown
+        if reason is not None:
             _refuse_in_stock_loops(
                 reason,
                 compute_type=compute_type is not None,
@@ -161,6 +161,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             self.last_engine = Engine("transformers", reason)
             return super().generate(inputs, generation_config, **kwargs)
 
+        assert sentences is not None
         # 1. what constrains the outputs
         required = _checked_phrases("required_phrases", required_phrases, len(sentences), self.config)
         forbidden = _checked_phrases("forbidden_phrases", forbidden_phrases, len(sentences), self.config)

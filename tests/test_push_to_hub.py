@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub_clients import Client, ClientError, fresh_environment
 from hub_server import HubServer
 from huggingface_hub import constants
@@ -17,7 +18,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from vanilla_transformer.training.arguments import RecipeError, TrainingArguments
 from vanilla_transformer.training.evaluate import translate
-from vanilla_transformer.training.hub import HubError, push_checkpoint, push_run, stage
+from vanilla_transformer.training.hub import HubError, public, push_checkpoint, push_run, stage
 
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +180,7 @@ class TestPushing:
         assert set(first.files) == {".gitattributes"}
         assert set(last.files) == MODEL | DOCUMENTS | CODE | {".gitattributes"}
         files = hub.files(pushed)
-        for name in DOCUMENTS - {"README.md"} | {"generation_config.json", "tokenizer.json"}:
+        for name in ("metrics.json", "loss_curve.png", "generation_config.json", "tokenizer.json"):
             assert files[name] == (trained / name).read_bytes(), name
         weights = load(files["model.safetensors"])
         stored = load_file(trained / "model.safetensors")
@@ -200,6 +201,17 @@ class TestPushing:
         assert card.replace('"NAME/mine"', "") == re.sub(
             rf'"(NAME/trained|{re.escape(str(trained))})"', "", (trained / "README.md").read_text()
         )
+
+    def test_nothing_tells_of_the_folders_of_whoever_has_made_it(self, trained, pushed, hub):
+        """The recipe names them by their last part, and is else the run's own."""
+        texts = {name: data for name, data in hub.files(pushed).items() if name not in ("model.safetensors", *CODE)}
+        assert not [name for name, data in texts.items() if str(trained.parent).encode() in data]
+        own = yaml.safe_load((trained / "recipe.yaml").read_text())
+        assert own["output_dir"] == str(trained)
+        assert yaml.safe_load(texts["recipe.yaml"]) == own | {"output_dir": "run"}
+        (shown,) = re.findall(r"```yaml\n(.*?)```", texts["README.md"].decode(), re.DOTALL)
+        assert shown.encode() == texts["recipe.yaml"]
+        assert b"warmup_steps: 30\n" in texts["recipe.yaml"]  # as it was told, and not 30.0
 
     def test_a_run_pushes_its_checkpoints_without_pickles_and_then_what_the_script_pushes(self, trained, pushed, hub):
         history = hub.history("NAME/trained")
@@ -237,7 +249,7 @@ class TestPushing:
         weights, base = load(files["model.safetensors"]), load_file(trained / "model.safetensors")
         assert weights.keys() == base.keys()
         assert any(not torch.equal(weights[name], base[name]) for name in base)
-        assert f"trained further from `{trained}`" in files["README.md"].decode()
+        assert f"trained further from `{trained.name}`" in files["README.md"].decode()
 
     def test_a_checkpoint_that_cannot_be_pushed_ends_no_run(self, trained, monkeypatch, caplog):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -500,3 +512,36 @@ def test_a_folder_that_is_no_whole_run_is_refused_before_anything_is_sent(change
 def test_a_recipe_does_not_publish_secrets_or_pickles(option, message, tmp_path):
     with pytest.raises(RecipeError, match=message):
         TrainingArguments(output_dir=str(tmp_path), **option)
+
+
+PUBLIC = {
+    "output_dir": ("/home/me/acme/runs/mine", "mine"),
+    "data_dir": ("~/customers/acme", "acme"),
+    "train_file": (["/home/me/acme/train.en", "parts/train.de.gz"], ["train.en", "train.de.gz"]),
+    "validation_file": (["$HOME/dev.jsonl"], ["dev.jsonl"]),
+    "test_file": (["test.en", "test.de"], ["test.en", "test.de"]),
+    "model": ("/home/me/base", "base"),
+    "tokenizer": ("NAME/tokenizer", "NAME/tokenizer"),
+    "dataset": ("./corpus", "corpus"),
+    "deepspeed": ('{"a": "b/c"}', '{"a": "b/c"}'),
+    "fsdp_config": ("/home/me/fsdp.json", "fsdp.json"),
+    "target_lang": ("no", "no"),
+    "warmup_steps": (4000, 4000),
+    "save_total_limit": (None, None),
+}
+
+
+def test_a_public_recipe_names_files_without_their_folders():
+    assert public({name: own for name, (own, _) in PUBLIC.items()}) == {
+        name: shared for name, (_, shared) in PUBLIC.items()
+    }
+
+
+def test_a_relative_name_is_a_folder_where_there_is_one_and_else_a_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert public({"model": "runs/mine", "dataset": "phrasebook:en-de"}) == {
+        "model": "runs/mine",
+        "dataset": "phrasebook:en-de",
+    }
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert public({"model": "runs/mine"}) == {"model": "mine"}

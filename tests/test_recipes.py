@@ -170,6 +170,15 @@ WRONG_NUMBERS = {
     "adam_beta2": ("1.5",),
     "ema_decay": ("0", "1"),
     "max_steps": ("0", "-2"),
+    "eval_delay": ("-1",),
+    "save_total_limit": ("-1",),
+    "neftune_noise_alpha": ("-5",),
+    "eval_accumulation_steps": ("0",),
+    "torch_empty_cache_steps": ("0",),
+    "dataloader_prefetch_factor": ("0",),
+    "ddp_bucket_cap_mb": ("0",),
+    "ddp_timeout": ("0",),
+    "generation_max_length": ("1",),
     "seed": ("-4", "4294967296"),
     "data_seed": ("-1",),
     "length_penalty": ("nan", "inf"),
@@ -187,6 +196,7 @@ def test_a_number_that_nothing_can_be_done_with_is_refused_by_name(name, value, 
 def test_every_limit_is_under_test():
     limited = {name for _, names in LIMITS.values() for name in names.split()}
     of_rows = {"max_train_samples", "max_eval_samples", "max_source_length", "max_target_length", "shuffle_buffer"}
+    of_rows |= {"phrasebook_size"}
     assert limited == {*WRONG_NUMBERS, *of_rows, "batch_tokens"}  # the last one is of the evaluation
     for name in of_rows:
         with pytest.raises(DataError, match=f"^{name}=0 must be at least 1$"):

@@ -5,27 +5,29 @@ import dataclasses
 import difflib
 import errno
 import io
+import json
 import logging
+import math
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import sacrebleu
 import torch
-import yaml
+from accelerate.utils import DynamoBackend
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import HubStrategy, IntervalStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vanilla_transformer.inference_vanilla_transformer import is_native
 
+from .options import OptionParser, RecipeError, UserError, read_yaml, true_or_false, truth_or_text
 from .threads import fit_threads
 
 
@@ -36,17 +38,36 @@ RECIPES = Path(__file__).parent / "recipes"
 # What can choose the best checkpoint, and whether more of it is better.
 BEST_METRICS = {"bleu": True, "chrf": True, "ter": False, "exact_match": True, "loss": False, "perplexity": False}
 
+# Options of transformers that would break a run off, or do nothing in one, and why. Only their default is taken.
+REFUSED = {
+    "accelerator_config": "deals batches of rows to processes, and batches by tokens are dealt already: leave it out",
+    "auto_find_batch_size": "halves a number of rows, and batches are made by tokens: see by --check what fits",
+    "batch_eval_metrics": "scores batch by batch, and BLEU is that of the whole set: leave it out",
+    "bf16_full_eval": "casts a model that is not being trained, and none is evaluated here: leave it out",
+    "enable_jit_checkpoint": "saves on SIGTERM, as every run does: leave it out",
+    "eval_do_concat_batches": "keeps batches apart, and BLEU is that of the whole set: leave it out",
+    "eval_use_gather_object": "gathers objects, and translations are gathered as tensors: leave it out",
+    "fp16_full_eval": "casts a model that is not being trained, and none is evaluated here: leave it out",
+    "generation_config": "names a file: set num_beams, length_penalty and max_new_tokens here",
+    "include_for_metrics": "is for metrics that read more than translations and references: leave it out",
+    "label_names": "names columns, and they are those of the model: leave it out",
+    "label_smoothing_factor": "is the Trainer's slow smoothing, outside the model: set label_smoothing instead",
+    "length_column_name": "names a column, and lengths are counted: leave it out",
+    "liger_kernel_config": "is for kernels that this network has not: leave it out",
+    "parallelism_config": "is no text: leave it out, and configure accelerate (docs/distributed.md)",
+    "prediction_loss_only": "would leave no scores: set predict_with_generate to false to evaluate the loss alone",
+    "restore_callback_states_from_checkpoint": "is not needed: early stopping counts on where a run resumes",
+    "sortish_sampler": "belongs to another way to make batches: set train_sampling_strategy",
+    "use_liger_kernel": "is for kernels that this network has not: leave it out",
+}
+# These take the name of a JSON file, too.
+JSON_FILES = ("fsdp_config", "deepspeed")
+# What activation_checkpointing_kwargs may say: others would be refused by torch at the first update.
+CHECKPOINTING = {"every_n_layers": range(1, 1000), "offload": (True, False), "use_reentrant": (True, False)}
+
 # What a file system refuses, for no fault of the program.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED_BY_SYSTEM = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-
-
-class UserError(ValueError):
-    """What the user of a program got wrong. The message says what was found and what would be right."""
-
-
-class RecipeError(UserError):
-    """A recipe or a command line that cannot be followed."""
 
 
 # What numbers must be: in words, and the fields. Beyond that the Trainer, its optimizer or numpy would fail without the
@@ -54,7 +75,8 @@ class RecipeError(UserError):
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda n: n >= 0,
-        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha dataloader_num_workers",
+        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha dataloader_num_workers "
+        "eval_delay save_total_limit neftune_noise_alpha",
     ),
     "above 0": (lambda n: n > 0, "num_train_epochs logging_steps eval_steps save_steps"),
     "at least 1": (
@@ -62,8 +84,10 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         "gradient_accumulation_steps per_device_train_batch_tokens per_device_eval_batch_tokens "
         "per_device_train_batch_size per_device_eval_batch_size generation_num_beams average_checkpoints "
         "early_stopping_patience lora_rank num_beams max_new_tokens batch_tokens max_train_samples max_eval_samples "
-        "max_source_length max_target_length shuffle_buffer",
+        "max_source_length max_target_length shuffle_buffer phrasebook_size eval_accumulation_steps "
+        "torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
     ),
+    "at least 2, the start of the target included": (lambda n: n >= 2, "generation_max_length"),
     "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2"),
     "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
     "at least 1, or -1 to count epochs (num_train_epochs)": (lambda n: n >= 1 or n == -1, "max_steps"),
@@ -71,8 +95,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     # Lengths to the power of it must be numbers that a float can hold.
     "between -50 and 50": (lambda n: -50 <= n <= 50, "length_penalty"),
 }
-# No number is as large: torch and numpy would fail without the field's name.
-LARGEST = 2**32
+# No whole number is as large: torch and numpy would fail without the field's name.
+LARGEST = 2**63
 
 
 def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
@@ -85,9 +109,24 @@ def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
     for words, (holds, names) in LIMITS.items():
         for name in names.split():
             value = getattr(arguments, name, None)
-            if value is not None and not (abs(value) < LARGEST and holds(value)):
-                too_large = f", and below {LARGEST}" if abs(value) >= LARGEST else ""
+            largest = LARGEST if isinstance(value, int) else math.inf
+            if value is not None and not (abs(value) < largest and holds(value)):
+                too_large = f", and below {largest}" if abs(value) >= largest else ""
                 raise kind(f"{name}={value} must be {words}{too_large}")
+
+
+def refuse(values: Mapping[str, Any], wrong: dict[str, tuple[bool, str]]) -> None:
+    """
+    Args:
+        values: of all fields.
+        wrong: by field, whether its value is refused, and what is wrong with it, in words.
+
+    Raises:
+        RecipeError: one is.
+    """
+    for name, (is_wrong, reason) in wrong.items():
+        if is_wrong:
+            raise RecipeError(f"{name}={plain(values[name])} {reason}")
 
 
 def check_bleu_tokenizer(name: str) -> None:
@@ -254,7 +293,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     learning_rate: float | None = field(
         default=None, metadata={"help": "peak learning rate (default: the paper's, (d_model * warmup_steps)**-0.5)"}
     )
-    lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "transformers' schedule"})
+    lr_scheduler_type: SchedulerType | str = field(default="inverse_sqrt", metadata={"help": "transformers' schedule"})
     warmup_steps: float = field(default=4000, metadata={"help": "updates of linear warm-up"})
     adam_beta2: float = field(default=0.98, metadata={"help": "Adam's beta 2"})
     adam_epsilon: float = field(default=1e-9, metadata={"help": "Adam's epsilon"})
@@ -262,7 +301,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     train_sampling_strategy: str = field(
         default="token_budget",
         metadata={
-            "help": "batches bounded by tokens; transformers' own (random, sequential, group_by_length) count rows"
+            "help": "batches bounded by tokens; transformers' own (random, sequential, group_by_length) count rows",
+            "choices": ["token_budget", "random", "sequential", "group_by_length", "batch_rebalance"],
         },
     )
     per_device_train_batch_tokens: int = field(
@@ -277,8 +317,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     )
     predict_with_generate: bool = field(default=True, metadata={"help": "score translations, not only the loss"})
     generation_num_beams: int | None = field(default=1, metadata={"help": "beams while training: greedy is quick"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when to save, and keep the best"})
+    eval_strategy: IntervalStrategy | str = field(
+        default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"}
+    )
+    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "when to save, and keep the best"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
     metric_for_best_model: str | None = field(default="bleu", metadata={"help": "what chooses the best checkpoint"})
@@ -308,6 +350,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=False,
         metadata={"help": "only check everything, time a few updates, say what the run will take, and write nothing"},
     )
+    # transformers' parser would make a bool of it.
+    include_num_input_tokens_seen: str = field(
+        default="no", metadata={"help": "log the source tokens so far", "choices": ["all", "non_padding", "no"]}
+    )
     # HfArgumentParser needs None first.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="tensorboard", metadata={"help": "where curves are logged"}
@@ -315,16 +361,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         check_numbers(self)
-        if self.label_smoothing_factor:
-            raise RecipeError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is the Trainer's slow smoothing, outside the "
-                "model: set label_smoothing instead"
-            )
-        if self.train_sampling_strategy == "token_budget" and self.per_device_train_batch_size != 8:
-            raise RecipeError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} counts rows, and batches are made by "
-                "tokens: set per_device_train_batch_tokens instead (or train_sampling_strategy=random)"
-            )
+        for option in dataclasses.fields(self):
+            default = option.default_factory() if callable(option.default_factory) else option.default
+            if option.name in REFUSED and (value := getattr(self, option.name)) != default:
+                raise RecipeError(f"{option.name}={value} {REFUSED[option.name]}")
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
         if metric not in BEST_METRICS:
             raise RecipeError(f"metric_for_best_model={metric!r} is unknown: choose one of {', '.join(BEST_METRICS)}")
@@ -333,7 +373,14 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         # transformers asks to be told that there is no accelerator: else it refuses bf16, and warns of pinned memory.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        self._check_json()
+        self._check_loading()
+        self._check_compiler()
         super().__post_init__()
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            # Their own default takes every metric for one of which less is better.
+            better = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = better | (self.lr_scheduler_kwargs or {})
         self._check_endings()
         if self.fsdp and self.world_size == 1:
             raise RecipeError(
@@ -342,6 +389,82 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             )
         self._check_trackers()
         self._check_hub()
+
+    def _check_json(self) -> None:
+        """Refuses text where a dict is needed: transformers would fall over it without the field's name, or later."""
+        for name in self._VALID_DICT_FIELDS:
+            text = getattr(self, name)
+            if not isinstance(text, str) or (name in JSON_FILES and not text.startswith("{")):
+                continue
+            try:
+                told = json.loads(text)
+            except ValueError as error:
+                raise RecipeError(f'{name}={text} must be JSON, {{"option": value}}: {error}') from error
+            if not isinstance(told, dict):
+                raise RecipeError(f'{name}={text} must be JSON of the form {{"option": value}}')
+            if name.endswith("checkpointing_kwargs"):
+                self._check_checkpointing(name, told)
+
+    def _check_checkpointing(self, name: str, told: dict[str, Any]) -> None:
+        """Refuses options that torch would refuse at the first update."""
+        for option, value in told.items():
+            known = (False,) if option == "offload" and self.use_cpu else CHECKPOINTING.get(option, ())
+            if value not in known:
+                raise RecipeError(
+                    f"{name}: {option}={value} is not to be had: every_n_layers is a number from 1, use_reentrant true "
+                    "or false, and so is offload, which needs a GPU"
+                )
+
+    def _check_loading(self) -> None:
+        """Refuses what does not go with batches by tokens, with as many workers, or with this machine."""
+        by_tokens, workers = self.train_sampling_strategy == "token_budget", self.dataloader_num_workers
+        no_workers = (
+            "is for processes that load data, and dataloader_num_workers=0 has none: raise it, or leave this out"
+        )
+        refused = {
+            "per_device_train_batch_size": (
+                by_tokens and self.per_device_train_batch_size != 8,
+                "counts rows, and batches are made by tokens: set per_device_train_batch_tokens instead (or "
+                "train_sampling_strategy=random)",
+            ),
+            "per_device_eval_batch_size": (
+                self.per_device_eval_batch_size != 8,
+                "counts rows, and batches are made by tokens: set per_device_eval_batch_tokens instead",
+            ),
+            "dataloader_drop_last": (
+                by_tokens and self.dataloader_drop_last,
+                "drops an incomplete batch, and batches by tokens are never incomplete: leave it out",
+            ),
+            "dataloader_persistent_workers": (self.dataloader_persistent_workers and not workers, no_workers),
+            "dataloader_multiprocessing_context": (
+                self.dataloader_multiprocessing_context is not None and not workers,
+                no_workers,
+            ),
+            "ddp_backend": (
+                self.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1,
+                "is for several processes, and this is a single one: leave it out",
+            ),
+            "debug": ("tpu_metrics_debug" in (self.debug or ()), "is for TPUs: leave it out"),
+            "fp16": (self.fp16 and self.use_cpu, "needs a GPU: leave it out, or set bf16 to auto"),
+            "fsdp_config": (
+                bool(self.fsdp_config) and not self.fsdp,
+                "tunes fsdp, which is off: set fsdp to true, or leave it out",
+            ),
+        }
+        refuse(vars(self), refused)
+
+    def _check_compiler(self) -> None:
+        """Refuses what torch.compile does not know, which would be told at the first update."""
+        known = {}
+        if self.torch_compile_backend is not None:
+            known["torch_compile_backend"] = [name.lower() for name in DynamoBackend.list()]
+        if self.torch_compile_mode is not None:
+            from torch._inductor import list_mode_options  # takes its time
+
+            known["torch_compile_mode"] = list(list_mode_options())
+        for name, choices in known.items():
+            if (value := getattr(self, name)) not in choices:
+                raise RecipeError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")
 
     def _check_hub(self) -> None:
         """Refuses what would put on the Hub what does not belong there."""
@@ -445,7 +568,7 @@ def _prepare_streams() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -470,6 +593,23 @@ def _end(status: int, message: str | None = None) -> NoReturn:
     raise SystemExit(status)
 
 
+def recipe_parser() -> OptionParser:
+    """The parser of recipes and command lines."""
+    groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
+    usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
+    parser = OptionParser(groups, usage=usage, conflict_handler="resolve")
+    parser.add_argument("--variant", help="one of the recipe's variants, e.g. a row of table3.yaml")
+    # transformers' own knows true and false.
+    help_bf16 = "mixed precision in bfloat16: true, false, or auto (true where the machine has instructions for it)"
+    parser.add_argument("--bf16", type=_true_false_or_auto, nargs="?", const=True, default=False, help=help_bf16)
+    # And of these it takes true and false for text.
+    helps = {option.name: option.metadata["help"] for option in dataclasses.fields(TrainingArguments)}
+    parser.add_argument("--fsdp", type=truth_or_text, nargs="?", const=True, help=helps["fsdp"])
+    trackio = ("--trackio_static_space_id", "--trackio-static-space-id")
+    parser.add_argument(*trackio, type=truth_or_text, help=helps["trackio_static_space_id"])
+    return parser
+
+
 def parse_recipe(argv: list[str]) -> Recipe:
     """
     Reads `[RECIPE.yaml] [--variant NAME] [--field value ...]`; what comes later counts.
@@ -478,33 +618,29 @@ def parse_recipe(argv: list[str]) -> Recipe:
         argv: the command line. A recipe is a path, or the name of one that is installed with the package.
 
     Raises:
-        RecipeError: the recipe cannot be read, or names a field that does not exist.
-        SystemExit: argparse's own errors and `--help`.
+        RecipeError: the recipe cannot be read, or a field does not exist, or has no such value.
+        SystemExit: `--help`.
     """
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--variant", help="one of the recipe's variants, e.g. a row of table3.yaml")
-    variant, argv = before.parse_known_args(argv)
-    groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
-    usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
-    parser = HfArgumentParser(groups, parents=[before], usage=usage, conflict_handler="resolve")
-    # transformers' own knows true and false.
-    help_bf16 = "mixed precision in bfloat16: true, false, or auto (true where the machine has instructions for it)"
-    parser.add_argument("--bf16", type=_true_false_or_auto, nargs="?", const=True, default=False, help=help_bf16)
+    parser = recipe_parser()
     defaults = vars(parser.parse_args([]))
-    if argv and not argv[0].startswith("-"):
-        parser.set_defaults(**read_recipe(argv.pop(0), variant.variant, set(defaults)))
-    elif variant.variant:
-        raise RecipeError(f"--variant {variant.variant} needs a recipe that has it, as the first argument")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value != defaults[name]}
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    argv = argv[1:] if name else argv
+    variant = parser.parse_args(argv).variant
+    if name:
+        parser.set_defaults(**read_recipe(name, variant, parser))
+    elif variant:
+        raise RecipeError(f"--variant {variant} needs a recipe that has it, as the first argument")
+    told = vars(parser.parse_args(argv))
+    given = {field: plain(told[field]) for field in parser.hints if told[field] != defaults[field]}
     if given.get("bf16") == "auto":
-        given["bf16"] = resolve_bf16(parser.parse_args(argv))
+        given["bf16"] = resolve_bf16(parser.parse_args(argv), parser)
         argv = [*argv, "--bf16", str(given["bf16"])]
     try:
         model, tokenizer, data, decoding, training, _ = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False
         )
     except (ValueError, OSError, ImportError) as error:  # a file or a package that an argument asks for is not there
-        raise RecipeError(str(error)) from error
+        raise RecipeError(" ".join(str(error).split())) from error
     if model.model:
         if tokenizer.tokenizer:
             raise RecipeError(
@@ -527,20 +663,41 @@ def parse_recipe(argv: list[str]) -> Recipe:
 
 
 def _true_false_or_auto(value: str) -> bool | str:
-    return value if value == "auto" else string_to_bool(value)
+    return value if value == "auto" else true_or_false(value)
 
 
-def resolve_bf16(arguments: argparse.Namespace) -> bool:
+def plain(value: Any) -> Any:
+    """An option's value as people write it: a whole number without a point, and a choice by its name."""
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return getattr(value, "value", value)
+
+
+def recipe_of_run(arguments: Any) -> Path | None:
+    """
+    What the run was told that the arguments resume, as far as its folder says it.
+
+    Args:
+        arguments: with `resume_from_checkpoint` and `output_dir`.
+    """
+    asked = arguments.resume_from_checkpoint
+    if asked is None:
+        return None
+    recipe = Path(arguments.output_dir or "" if asked == "last" else Path(asked).parent, "recipe.yaml")
+    return recipe if recipe.is_file() else None
+
+
+def resolve_bf16(arguments: argparse.Namespace, parser: OptionParser) -> bool:
     """
     What `bf16: auto` means: for a run that is resumed what it began with, else whether the machine that trains has
     instructions for bfloat16.
     """
-    if asked := arguments.resume_from_checkpoint:
-        run = Path(arguments.output_dir or "") if asked == "last" else Path(asked).parent
-        if (run / "recipe.yaml").is_file():
-            began = bool(read_recipe(str(run / "recipe.yaml"), None, set(vars(arguments))).get("bf16"))
-            logger.info("bf16=auto is %s, as this run began", began)
-            return began
+    if recipe := recipe_of_run(arguments):
+        began = bool(read_recipe(str(recipe), None, parser).get("bf16"))
+        logger.info("bf16=auto is %s, as this run began", began)
+        return began
     if arguments.use_cpu or not torch.accelerator.is_available():
         fast = is_native("bfloat16", torch.device("cpu"))
     elif torch.cuda.is_available():
@@ -559,7 +716,7 @@ def _check_streaming(data: DataArguments, training: TrainingArguments) -> None:
         RecipeError: names the field, and what would be right.
     """
     budget = training.per_device_train_batch_tokens
-    refused: dict[str, tuple[bool, str]] = {
+    refused = {
         "max_steps": (training.max_steps <= 0, "a stream has no length: say after how many updates the run ends"),
         "train_sampling_strategy": (
             training.train_sampling_strategy != "token_budget",
@@ -581,31 +738,26 @@ def _check_streaming(data: DataArguments, training: TrainingArguments) -> None:
         "max_source_length": (data.max_source_length > budget, f"no batch of {budget} tokens holds such a row"),
         "max_target_length": (data.max_target_length > budget, f"no batch of {budget} tokens holds such a row"),
     }
-    for name, (wrong, reason) in refused.items():
-        if wrong:
-            value = (vars(training) | vars(data))[name]
-            raise RecipeError(f"{name}={getattr(value, 'value', value)} does not go with streaming: {reason}")
+    prefixed = {name: (wrong, f"does not go with streaming: {reason}") for name, (wrong, reason) in refused.items()}
+    refuse(vars(training) | vars(data), prefixed)
 
 
-def read_recipe(name: str, variant: str | None, fields: set[str]) -> dict[str, Any]:
+def read_recipe(name: str, variant: str | None, parser: OptionParser) -> dict[str, Any]:
     """
     The fields that a recipe sets, with those of one of its `variants` laid over them.
 
     Raises:
-        RecipeError: there is no such file or variant, it is not a YAML mapping, or it sets a field not in `fields`.
+        RecipeError: there is no such file or variant, it is not a YAML mapping, or it sets a field that does not exist,
+            or to what its type does not have.
     """
     path = next((p for p in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml") if p.is_file()), None)
     if path is None:
         installed = ", ".join(sorted(p.name for p in RECIPES.glob("*.yaml")))
         raise RecipeError(f"no recipe {name!r}: give the path of a YAML file, or one of {installed}")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise RecipeError(f"{path} must hold lines of the form `field: value`, not {type(recipe).__name__}")
-
-    variants = recipe.pop("variants", {})
+    recipe = read_yaml(path)
+    variants = recipe.pop("variants", None) or {}
+    if not (isinstance(variants, dict) and all(isinstance(fields, dict) for fields in variants.values())):
+        raise RecipeError(f"{path}: variants must hold lines of the form `name: {{field: value}}`")
     if variant is not None:
         if variant not in variants:
             raise RecipeError(f"{path} has no variant {variant!r}: choose one of {', '.join(variants) or 'none'}")
@@ -613,8 +765,11 @@ def read_recipe(name: str, variant: str | None, fields: set[str]) -> dict[str, A
     elif variants:
         raise RecipeError(f"{path} holds variants: choose one by --variant {'|'.join(variants)}")
     for field_name in recipe:
-        if field_name not in fields:
-            likely = difflib.get_close_matches(field_name, fields, n=1)
+        if field_name not in parser.hints:
+            likely = difflib.get_close_matches(field_name, parser.hints, n=1)
             hint = f"did you mean {likely[0]}?" if likely else "--help lists the fields"
             raise RecipeError(f"{path} sets the unknown field {field_name!r}: {hint}")
-    return recipe
+    try:
+        return {field_name: parser.typed(field_name, value) for field_name, value in recipe.items()}
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error

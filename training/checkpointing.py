@@ -40,6 +40,8 @@ from .arguments import UserError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# What data the run reads.
+DATA_NAME = "data.json"
 UNFINISHED = "tmp-"
 TORN = "torn-"
 KINDS = ("checkpoint", "interrupted")
@@ -283,6 +285,8 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        #: What is read, by split, in words (`resuming.fingerprint`): a run goes on with the same.
+        self.data: dict[str, str] = {}
         self.bookkeeping = Bookkeeping(self)
         self.add_callback(self.bookkeeping)
 
@@ -431,6 +435,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         ]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=exported).stateful_callbacks
         if self.args.should_save:
+            (folder / DATA_NAME).write_text(json.dumps(self.data, indent=2) + "\n", encoding="utf-8")
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _remove_older(self) -> None:

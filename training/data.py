@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.exceptions import DatasetsError
@@ -38,6 +39,8 @@ Columns = dict[str, Sequence[Any]]
 SPLITS = ("train", "validation", "test")
 SIDES = ("source", "target")
 PHRASEBOOK = "phrasebook:"
+# Of training rows, where there is no validation split, at most every 20th and at most 1,000 are held out.
+LEAST_STEP, MOST_HELD_OUT = 20, 1000
 # Characters of the names that a message lists, at most.
 LISTED = 300
 # Compact: 32 bits for a token, where the default of `datasets` takes 64.
@@ -357,6 +360,33 @@ def _filter(rows: Dataset, tests: Tests, values: Iterable[tuple], split: str, re
     for reason, (count, first) in found.left_out.items():
         logger.warning("%s: %d of %d rows with %s, kept (first: row %d)", split, count, len(rows), reason, first)
     return rows
+
+
+def hold_out(pairs: DatasetDict, rows: dict[str, Any], numbers: np.ndarray) -> None:
+    """
+    Makes a validation split of training rows, where nobody has named one: every 20th, or fewer, so that there are at
+    most 1,000. Not by chance: a run that resumes, and every process, holds out the same. The vocabulary may have been
+    learned from them; no update sees them.
+
+    Args:
+        pairs: the text, with a training split; it is changed.
+        rows: the ids of its splits, likewise.
+        numbers: for each training row of ids, which of the training pairs it is.
+    """
+    count = len(numbers)
+    step = max(LEAST_STEP, -(-count // MOST_HELD_OUT))
+    held_out = np.arange(0, count, step)
+    if len(held_out) == count:
+        return
+    logger.info(
+        "no validation data: every %dth training row, %d of %d, is held out to choose the best checkpoint "
+        "(validation_file names others; eval_strategy=no and load_best_model_at_end=false train on all)",
+        step, len(held_out), count,
+    )  # fmt: skip
+    train, ids, places = pairs["train"], rows["train"], numbers[held_out]
+    pairs["validation"], rows["validation"] = train.select(places), ids.select(held_out).select_columns(list(ENCODED))
+    pairs["train"] = train.select(np.delete(np.arange(len(train)), places))
+    rows["train"] = ids.select(np.delete(np.arange(count), held_out))
 
 
 def _log(report: FilterReport) -> None:

@@ -13,7 +13,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token, run_as_future
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -31,7 +33,7 @@ from vanilla_transformer import (
     VanillaTransformerModel,
 )
 
-from .arguments import UserError
+from .arguments import UserError, plain, read_recipe, recipe_parser
 from .evaluate import read_model
 from .report import CardError, read_card
 
@@ -40,7 +42,11 @@ logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 METRICS = "metrics.json"
-DOCUMENTS = (CARD, METRICS, "loss_curve.png", "recipe.yaml")
+RECIPE = "recipe.yaml"
+DOCUMENTS = (CARD, METRICS, "loss_curve.png", RECIPE)
+# Fields of a recipe that hold paths; and those that hold a path or a name of the Hub.
+PATHS = ("output_dir", "data_dir", "train_file", "validation_file", "test_file", "fsdp_config", "deepspeed")
+PATHS_OR_NAMES = ("model", "tokenizer", "dataset")
 # Where an example of a card names the model that it loads.
 MODEL_NAME = re.compile(r'(from_pretrained\(|model=)"[^"]*"')
 
@@ -126,6 +132,31 @@ def stage(folder: Path, target: Path) -> None:
     for name in DOCUMENTS:
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
+    if (folder / RECIPE).exists():
+        recipe = read_recipe(str(folder / RECIPE), None, recipe_parser())
+        shared = {name: plain(value) for name, value in public(recipe).items()}
+        (target / RECIPE).write_text(yaml.safe_dump(shared, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def public(recipe: dict[str, Any]) -> dict[str, Any]:
+    """
+    A recipe as others may read it: paths by their last part, since the folders are of no use to them, and may tell
+    who has made the model, and of what.
+    """
+
+    def last(value: Any) -> Any:
+        if isinstance(value, list):
+            return [last(part) for part in value]
+        return value if str(value).startswith("{") else Path(value).name
+
+    local = {
+        name
+        for name in PATHS_OR_NAMES
+        if (value := recipe.get(name)) and (value.startswith(("/", ".", "~", "$")) or Path(value).exists())
+    }
+    return {
+        name: last(value) if value and (name in PATHS or name in local) else value for name, value in recipe.items()
+    }
 
 
 @contextmanager

@@ -5,6 +5,7 @@ makes a few real updates besides, prints everything as a table, and leaves nothi
 """
 
 import copy
+import json
 import logging
 import math
 import shutil
@@ -38,8 +39,10 @@ from vanilla_transformer.operations_vanilla_transformer import linear
 from .arguments import Recipe, TrainingArguments, UserError
 from .batching import TokenBudgetBatches, batch_sizes, token_budget
 from .bpe_dropout import BpeDropoutRows
+from .checkpointing import DATA_NAME
 from .data import tokenize_pairs
 from .machine import machine
+from .resuming import fingerprint
 from .trainer import TranslationTrainer
 
 
@@ -80,13 +83,19 @@ ok, warning, error = (partial(Finding, verdict) for verdict in ("ok", "warning",
 
 @dataclass
 class Run:
-    """What a run has made before it trains: its text, the ids of it, and a model."""
+    """What a run has made before it trains: its text, the ids of it, and a model; and from where it goes on."""
 
     recipe: Recipe
     pairs: Any
     rows: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
+    checkpoint: str | None = None
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """What is read, by split, in words."""
+        return fingerprint(self.recipe.data, self.rows)
 
     @cached_property
     def tables(self) -> dict[str, pa.Table]:
@@ -190,7 +199,7 @@ def render(findings: list[Finding]) -> str:
 
 def check_inputs(run: Run) -> list[Finding]:
     """Findings on data, vocabulary, lengths, decoding and fields, before there is a Trainer."""
-    checks = (check_rows, check_vocabulary, check_lengths, check_decoding, check_fields)
+    checks = (check_rows, check_resumption, check_vocabulary, check_lengths, check_decoding, check_fields)
     return [finding for check in checks for finding in check(run)]
 
 
@@ -215,6 +224,20 @@ def check_rows(run: Run) -> Iterator[Finding]:
             f"{left_out:.1%} of the training rows are longer than max_source_length={data.max_source_length} or "
             f"max_target_length={data.max_target_length}, and left out: raise them, or learn more subwords",
         )
+
+
+def check_resumption(run: Run) -> Iterator[Finding]:
+    """Whether a run that is resumed reads what it has read before."""
+    path = Path(run.checkpoint or "", DATA_NAME)
+    if run.checkpoint is None or not path.exists():
+        return
+    for split, before in json.loads(path.read_text(encoding="utf-8")).items():
+        if (now := run.data.get(split, before)) != before:
+            yield error(
+                "data",
+                f"{split}: {now}, but {run.checkpoint} is of a run with {before}: give the same data, or begin a new "
+                "run in another output_dir",
+            )
 
 
 def check_vocabulary(run: Run) -> Iterator[Finding]:
@@ -359,6 +382,14 @@ def check_fields(run: Run) -> Iterator[Finding]:
             "fields",
             f"eval_strategy={IntervalStrategy(args.eval_strategy).value}, without a validation split: name one by "
             "validation_file, or set eval_strategy=no and load_best_model_at_end=false",
+        )
+    if args.eval_on_start and "validation" not in run.rows:
+        yield error("fields", "eval_on_start=true, without a validation split: name validation_file, or leave it out")
+    if args.save_only_model and args.save_strategy != "no":
+        yield warning(
+            "fields",
+            "save_only_model=true leaves the states of the optimizer and the schedule out of checkpoints: this run "
+            "cannot be resumed",
         )
     if args.learning_rate is None and args.warmup_steps < 1:
         yield error(
@@ -681,7 +712,12 @@ def time_evaluation(trainer: TranslationTrainer) -> float:
 def tell_memory(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch) -> Iterator[Finding]:
     """The most memory that was taken, and how much of it the activations were."""
     device = trainer.args.device
-    state = sum(value.nbytes for entry in trainer.optimizer.state.values() for value in entry.values())
+    state = sum(
+        value.nbytes
+        for entry in trainer.optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, torch.Tensor)
+    )
     gradients = sum(parameter.nbytes for parameter in run.model.parameters() if parameter.requires_grad)
     if counts := memory_counts(device):
         peak, before = counts.max_memory_allocated(device), run.model.get_memory_footprint()

@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from vanilla_transformer import (
     VanillaTransformerConfig,
@@ -28,14 +29,15 @@ from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe, run
 from .averaging import last_checkpoints, load_average
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .checkpointing import damage, newest_checkpoint, settle
-from .data import DataError, language_pair, load_pairs, tokenize_pairs, training_texts
+from .data import DataError, hold_out, language_pair, load_pairs, tokenize_pairs, training_texts
 from .evaluate import format_scores, load_model, load_tokenizer, read_model, score_texts, translate
 from .filters import FilterReport
-from .hub import HubError
+from .hub import HubError, public
 from .machine import machine
 from .memory import hold_memory
 from .preflight import Run, check_inputs, check_plan, rehearse, require
 from .report import draw_loss_curve, model_card, write_beside
+from .resuming import refuse_changes, refuse_model_alone
 from .streaming import VOCABULARY_ROWS, StreamedBatches, open_stream
 from .trainer import TranslationTrainer, callbacks, score_translations
 
@@ -56,56 +58,68 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.should_log else logging.ERROR)
     # Every request to the Hub is a line of it.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    checkpoint = checkpoint_to_resume(args)
-    if not args.check:
-        make_folder(args)
-    set_seed(args.seed)
-    if args.use_cpu and args.hold_memory and hold_memory():
-        logger.info("freed memory is kept for the next update: faster, in a larger process (--hold_memory false)")
 
-    # 2. data and vocabulary
-    report = FilterReport()
-    # One process of all machines, not of each: they share the run's folder.
-    with args.main_process_first(local=False, desc="loading data"):
-        pairs = load_pairs(recipe.data, report)
-        if recipe.data.streaming:
-            pairs["train"] = open_stream(recipe.data)
-        if "train" not in pairs:
-            raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
-        tokenizer = prepare_tokenizer(recipe, pairs)
-    splits = [split for split in pairs if split != "test"]
-    rows = {split: prepare_rows(recipe, pairs[split], tokenizer, split, report) for split in splits}
-
-    # 3. the network
-    model = build_model(recipe, tokenizer)
-    logger.info(
-        "%d parameters, %d subwords, %s",
-        *(model.num_parameters(), len(tokenizer)),
-        "training pairs from a stream" if recipe.data.streaming else f"{len(rows['train'])} training pairs",
-    )
-
-    # 4. training, where nothing speaks against it
-    run = Run(recipe, pairs, rows, tokenizer, model)
+    # 2. data, vocabulary and network
+    run = prepare(recipe)
     if args.check:
         rehearse(run, build_trainer)
         return
     require(check_inputs(run))
-    trainer = build_trainer(recipe, model, tokenizer, rows)
+
+    # 3. training, where nothing speaks against it
+    trainer = build_trainer(recipe, run.model, run.tokenizer, run.rows)
     require(check_plan(run, trainer))
-    if trainer.is_world_process_zero():
-        # What marks the folder as a run's.
-        write_beside(Path(args.output_dir, "recipe.yaml"), resolved(recipe))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.data = run.data
+    trainer.add_callback(RecipeWriter(recipe))
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     if args.lora_rank:
         from .adapters import merge_adapters
 
         merge_adapters(trainer)
     trainer.save_model()
 
-    # 5. what the model can do, in figures and words: one process alone, from the saved files, since a model that is
+    # 4. what the model can do, in figures and words: one process alone, from the saved files, since a model that is
     # sharded answers only when all processes ask
     if trainer.is_world_process_zero():
-        finish(recipe, trainer, saved_model(args), pairs)
+        finish(recipe, trainer, saved_model(args), run.pairs)
+
+
+def prepare(recipe: Recipe) -> Run:
+    """
+    Everything that a run needs before it trains. Of the run's folder nothing is changed that was there, but that
+    unfinished and torn checkpoints are put away.
+
+    Raises:
+        UserError: what the recipe asks for is not there, or cannot be.
+    """
+    args = recipe.training
+    refuse_changes(recipe)
+    checkpoint = checkpoint_to_resume(args)
+    if not args.check:
+        make_folder(args)
+    set_seed(args.seed)
+    if args.use_cpu and args.hold_memory and hold_memory():
+        logger.info("freed memory is kept for the next update: faster, in a larger process (--hold_memory false)")
+    pairs, tokenizer, rows = prepare_data(recipe)
+    model = build_model(recipe, tokenizer)
+    logger.info(
+        "%d parameters, %d subwords, %s",
+        *(model.num_parameters(), len(tokenizer)),
+        "training pairs from a stream" if recipe.data.streaming else f"{len(rows['train'])} training pairs",
+    )
+    return Run(recipe, pairs, rows, tokenizer, model, checkpoint)
+
+
+class RecipeWriter(TrainerCallback):
+    """Marks the folder as a run's, by its recipe, when all that could speak against the run has been looked at."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The checkpoint has been loaded, if there is one, and the first update comes."""
+        if state.is_world_process_zero:
+            write_beside(Path(args.output_dir, "recipe.yaml"), as_yaml(self.recipe.given))
 
 
 def saved_model(args: TrainingArguments) -> PreTrainedModel:
@@ -153,6 +167,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if asked != "last":
         if wrong := damage(Path(asked)):
             raise RecipeError(f"resume_from_checkpoint={asked} is not a whole checkpoint: {wrong}")
+        refuse_model_alone(Path(asked))
         return asked
     with args.main_process_first(local=args.save_on_each_node, desc="looking for a checkpoint"):
         if args.should_save and not args.check:
@@ -162,7 +177,35 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         raise RecipeError(f"output_dir={run} holds no checkpoint to resume from")
     if last is None:
         logger.warning("output_dir=%s holds no checkpoint yet: the run begins again", run)
-    return str(last) if last else None
+        return None
+    refuse_model_alone(last)
+    return str(last)
+
+
+def prepare_data(recipe: Recipe) -> tuple[DatasetDict, PreTrainedTokenizerBase, dict[str, Any]]:
+    """
+    The text of all splits, the tokenizer, and the ids of the splits that are trained on and evaluated.
+
+    Raises:
+        UserError: the data or the tokenizer cannot be used.
+    """
+    args, report = recipe.training, FilterReport()
+    # One process of all machines, not of each: they share the run's folder.
+    with args.main_process_first(local=False, desc="loading data"):
+        pairs = load_pairs(recipe.data, report)
+        if recipe.data.streaming:
+            pairs["train"] = open_stream(recipe.data)
+        if "train" not in pairs:
+            raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
+        tokenizer = prepare_tokenizer(recipe, pairs)
+    before = report.numbers
+    splits = [split for split in pairs if split != "test"]
+    rows = {split: prepare_rows(recipe, pairs[split], tokenizer, split, report) for split in splits}
+    if args.eval_strategy != "no" and "validation" not in pairs and not recipe.data.streaming:
+        assert before is not None
+        assert report.numbers is not None
+        hold_out(pairs, rows, np.searchsorted(before, report.numbers))
+    return pairs, tokenizer, rows
 
 
 def prepare_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
@@ -196,10 +239,10 @@ def learn_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBa
         raise RecipeError(str(error)) from error
 
 
-def resolved(recipe: Recipe) -> str:
-    """The recipe as YAML that repeats the run, with what the command line changed."""
-    given = {name: value for name, value in recipe.given.items() if name != "resume_from_checkpoint"}
-    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+def as_yaml(given: dict[str, Any]) -> str:
+    """A recipe that repeats the run, with what the command line changed."""
+    lasting = {name: value for name, value in given.items() if name != "resume_from_checkpoint"}
+    return yaml.safe_dump(lasting, sort_keys=False, allow_unicode=True)
 
 
 def prepare_rows(
@@ -253,7 +296,10 @@ def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForCondit
     """
     given = recipe.model.config_fields()
     changed = {name: given.pop(name) for name in CHANGEABLE if name in given}
-    model, _ = read_model(folder, dtype=torch.float32, attn_implementation=attention(recipe), **changed)
+    try:
+        model, _ = read_model(folder, dtype=torch.float32, attn_implementation=attention(recipe), **changed)
+    except ImportError as error:
+        raise unusable_attention(recipe, error) from error
     for name, value in given.items():
         if (its := getattr(model.config, name)) != value:
             raise RecipeError(f"{name}={value}, but model={folder} has {name}={its}: leave it out")
@@ -263,6 +309,12 @@ def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForCondit
 def attention(recipe: Recipe) -> str | None:
     """For sentences the plain attention is the fastest one on a CPU, where sdpa's backward in bfloat16 crawls."""
     return recipe.model.attn_implementation or ("eager" if recipe.training.use_cpu else None)
+
+
+def unusable_attention(recipe: Recipe, error: Exception) -> RecipeError:
+    """What transformers has against the recipe's attention, unknown or without its package."""
+    said = " ".join(str(error).split())
+    return RecipeError(f"attn_implementation={recipe.model.attn_implementation} cannot be used here: {said}")
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
@@ -278,7 +330,10 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTran
         attn_implementation=attention(recipe),
         **recipe.model.config_fields(),
     )
-    return VanillaTransformerForConditionalGeneration(config)
+    try:
+        return VanillaTransformerForConditionalGeneration(config)
+    except (ImportError, ValueError) as error:
+        raise unusable_attention(recipe, error) from error
 
 
 def with_bpe_dropout(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> BpeDropoutRows:
@@ -325,13 +380,13 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     sources, references = list(pairs[split]["source"]), list(pairs[split]["target"])
     translations = translate(model, tokenizer, sources, recipe.training.per_device_eval_batch_tokens)
     scores = score_texts(translations, references, recipe.decoding.bleu_tokenize)
-    files = ", ".join(Path(path).name for path in recipe.data.train_file or [])
+    told = public(recipe.given)
     metrics: dict[str, Any] = {
         "scored_split": split,
         "scores": scores,
         "num_beams": model.generation_config.num_beams,
         "parameters": model.num_parameters(),
-        "data_name": recipe.data.data_name or recipe.data.dataset or files,
+        "data_name": recipe.data.data_name or told.get("dataset") or ", ".join(told.get("train_file", [])),
         "rows": {name: len(rows) for name, rows in pairs.items() if isinstance(rows, Dataset)},
         "training": training_summary(trainer),
         "example_source": sources[0],
@@ -340,10 +395,8 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     write_beside(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
-    # Anew, because a run that resumes may have been told otherwise.
-    write_beside(folder / "recipe.yaml", resolved(recipe))
-    names = {"hub_model_id": recipe.training.hub_model_id, "base_model": recipe.model.model}
-    card = model_card(model, language_pair(recipe.data), metrics, resolved(recipe), str(folder), **names)
+    names = {"hub_model_id": recipe.training.hub_model_id, "base_model": told.get("model")}
+    card = model_card(model, language_pair(recipe.data), metrics, as_yaml(told), str(folder), **names)
     write_beside(folder / "README.md", str(card))
     print(f"\n{split} set, {len(sources)} pairs\n{format_scores(scores)}\n")
     for source, translation, reference in list(zip(sources, translations, references, strict=True))[:SHOWN]:

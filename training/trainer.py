@@ -163,24 +163,31 @@ class TranslationTrainer(ResumableTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """
         Raises:
-            RecipeError: the recipe's optimizer needs a package that is not there.
+            RecipeError: the recipe's optimizer needs a package that is not there, or has no such options.
         """
         try:
             return super().create_optimizer(*args, **kwargs)
-        except ImportError as error:
-            raise RecipeError(f"optim={self.args.optim.value} cannot be used here: {error}") from error
+        # Each library has its own errors for options that it has not, and for what it needs.
+        except Exception as error:
+            options = f" with optim_args={self.args.optim_args}" if self.args.optim_args else ""
+            raise RecipeError(f"optim={self.args.optim.value}{options} cannot be used here: {error}") from error
 
-    def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
         """
         Raises:
             RecipeError: the recipe's schedule lacks options of its own, or has others.
         """
         try:
-            return super().create_scheduler(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            scheduler, options = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            # Some options fail at the last update only.
+            for factor in getattr(scheduler, "lr_lambdas", []):
+                factor(num_training_steps)
+            return scheduler
+        except (ArithmeticError, TypeError, ValueError) as error:
+            name, options = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
             raise RecipeError(
-                f"lr_scheduler_type={scheduler} does not go with lr_scheduler_kwargs={options}: {error}"
+                f"lr_scheduler_type={name} does not go with lr_scheduler_kwargs={options} and warmup_steps="
+                f"{self.args.warmup_steps:g} of {num_training_steps}: {error}"
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

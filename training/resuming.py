@@ -1,0 +1,102 @@
+"""What a run that is resumed may be told anew. All else stays as the run began, or is refused by name.
+
+A checkpoint brings back the optimizer with its learning rate, the schedule, the place in the data and the best score:
+what was told of them later would be ignored, or compare what cannot be compared. So the recipe in the run's folder is
+compared with the one that is told now, field by field; and the data by what was read of it, since files may have moved.
+"""
+
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from .arguments import DataArguments, Recipe, RecipeError, read_recipe, recipe_of_run, recipe_parser
+from .data import ENCODED, expand_path
+
+
+logger = logging.getLogger(__name__)
+
+# Fields that are followed from there on, and leave the log true. Those that name data are not compared as text.
+LASTING = {
+    "where things are, and what they are called": "output_dir dataset data_dir train_file validation_file test_file "
+    "data_name run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
+    "how long, and what is done on the way": "max_steps num_train_epochs early_stopping_patience average_checkpoints "
+    "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps per_device_eval_batch_tokens "
+    "save_strategy save_steps save_total_limit save_only_model save_on_each_node "
+    "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica "
+    "log_on_each_node disable_tqdm report_to skip_memory_metrics debug "
+    "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision",
+    "how the finished model translates": "num_beams",
+    "on what it is computed, and how": "use_cpu bf16 tf32 attn_implementation torch_compile torch_compile_backend "
+    "torch_compile_mode hold_memory activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
+    "gradient_checkpointing_kwargs torch_empty_cache_steps full_determinism dataloader_num_workers "
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb "
+    "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout",
+}
+# And those of the call of the program, not of the run. Their changes are no news.
+PASSING = "output_dir resume_from_checkpoint ignore_data_skip check local_rank do_train do_eval do_predict"
+MAY_CHANGE = frozenset(" ".join([*LASTING.values(), PASSING]).split())
+
+
+def refuse_changes(recipe: Recipe) -> None:
+    """
+    Compares a recipe with the one of the run that it resumes, if it resumes one whose folder holds its recipe.
+
+    Raises:
+        RecipeError: a field differs that was decided when the run began.
+    """
+    path = recipe_of_run(recipe.training)
+    if path is None:
+        return
+    parser = recipe_parser()
+    defaults = vars(parser.parse_args([]))
+    began, now = defaults | read_recipe(str(path), None, parser), defaults | recipe.given
+    changed = [name for name in parser.hints if began[name] != now[name]]
+    for name in changed:
+        if name not in MAY_CHANGE:
+            raise RecipeError(
+                f"{name}={now[name]}, but the run to resume began with {name}={began[name]} ({path}): leave it so, or "
+                "begin a new run in another output_dir; model=CHECKPOINT takes the weights of one of its checkpoints"
+            )
+    for name in changed:
+        if name not in PASSING.split():
+            logger.info("from here on %s=%s; the run began with %s", name, now[name], began[name])
+
+
+def refuse_model_alone(checkpoint: Path) -> None:
+    """
+    Raises:
+        RecipeError: the checkpoint was written with save_only_model=true, and nothing can go on from it as before.
+    """
+    # Every process writes its own, with whatever optimizer.
+    if not any(checkpoint.glob("rng_state*.pth")):
+        raise RecipeError(
+            f"{checkpoint} holds the model alone (save_only_model=true), without the states of the optimizer and the "
+            f"schedule, and cannot be resumed from: begin a new run with model={checkpoint} in another output_dir"
+        )
+
+
+def fingerprint(data: DataArguments, rows: dict[str, Any]) -> dict[str, str]:
+    """
+    What of the data decides a run, wherever it lies: by split, the number and the checksum of the rows of ids; of a
+    stream, which nobody has read to its end, the names and sizes of the files.
+    """
+    found = {split: _rows_in_words(table) for split, table in rows.items() if isinstance(table, Dataset)}
+    if data.streaming:
+        paths = [expand_path(name, data.data_dir) for name in data.train_file or []]
+        files = [f"{path.name} of {path.stat().st_size:,} bytes" for path in paths]
+        found["train"] = ", ".join(files) or Path(data.dataset or "").name
+    return found
+
+
+def _rows_in_words(rows: Dataset) -> str:
+    table, checksum = rows.with_format("arrow")[:], 0
+    for name in ENCODED:
+        column = table[name]
+        for values in (pc.list_value_length(column), pc.list_flatten(column)):
+            checksum = zlib.crc32(values.to_numpy().tobytes(), checksum)
+    return f"{len(rows):,} rows with the checksum {checksum:08x}"

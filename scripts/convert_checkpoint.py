@@ -83,6 +83,9 @@ def read(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTok
     Raises:
         ValueError, OSError: the source is damaged, holds code, or has what this package has not.
     """
+    from vanilla_transformer.conversion.checkpoints import refuse_other_kind
+
+    refuse_other_kind(arguments.source, arguments.format)
     if arguments.format == "joeynmt":
         from vanilla_transformer.conversion.joeynmt import from_joeynmt
 

@@ -22,6 +22,7 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     MarianTokenizer,
+    T5Config,
 )
 
 from vanilla_transformer.conversion.checkpoints import pack_tokenizer, word_tokenizer
@@ -310,13 +311,74 @@ def test_weights_that_do_not_fit_are_refused(change, message, opus, tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+FORMATS = ("marian", "fsmt", "joeynmt", "eole", "torch")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_the_folder_is_is_said_before_a_library_reads_it(kind, tiny_model, opus, wmt, tmp_path):
+    """Or the libraries say what they miss in settings of another form."""
+    output = ["--format", kind, "--output", tmp_path / "new"]
+    tiny_model().save_pretrained(tmp_path / "ours")
+    assert "ours/config.json is that of a model of this package: there is nothing to convert" in refused(
+        tmp_path / "ours", *output
+    )
+    T5Config(vocab_size=9).save_pretrained(tmp_path / "t5")
+    assert "t5/config.json has model_type='t5': of transformers' models, 'marian' and 'fsmt' can be" in refused(
+        tmp_path / "t5", *output
+    )
+    for other, folder in (("marian", opus), ("fsmt", wmt)):
+        if other != kind:
+            assert f"config.json has model_type={other!r}: give --format {other}" in refused(folder, *output)
+    for text, message in (("[1]", "holds [1], where an object should be"), ("x", "is no JSON")):
+        (tmp_path / "ours" / "config.json").write_text(text)
+        assert f"ours/config.json {message}" in refused(tmp_path / "ours", *output)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_and_a_folder_are_not_taken_for_each_other(kind, tmp_path):
+    output = ["--format", kind, "--output", tmp_path / "new"]
+    (tmp_path / "file").write_bytes(b"text")
+    (tmp_path / "folder").mkdir()
+    message = {
+        "marian": "holds no config.json, or an empty one: a folder of --format marian has config.json, vocab",
+        "fsmt": "holds no config.json, or an empty one: a folder of --format fsmt has config.json, vocab-src.json",
+        "joeynmt": "holds no best.ckpt",
+        "eole": "No such file",
+        "torch": "is a folder: --format torch reads one file, a state dict",
+    }[kind]
+    assert message in refused(tmp_path / "folder", *output)
+    if kind in ("marian", "fsmt", "eole"):
+        assert f"is a file: --format {kind} reads a folder" in refused(tmp_path / "file", *output)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"null", b"\xff", None], ids=str)
+@pytest.mark.parametrize("kind", ["marian", "fsmt"])
+def test_a_damaged_or_missing_file_is_named(kind, damage, request, tmp_path):
+    source = request.getfixturevalue({"marian": "opus", "fsmt": "wmt"}[kind])
+    # What transformers can do without, and texts, in which every byte means something.
+    spared = (
+        {"generation_config.json", "tokenizer_config.json", "merges.txt"} if damage in (None, b"{}") else {"merges.txt"}
+    )
+    for path in sorted(source.iterdir()):
+        if path.name not in spared:
+            folder = shutil.copytree(source, tmp_path / "damaged")
+            (folder / path.name).unlink() if damage is None else (folder / path.name).write_bytes(damage)
+            message = refused(folder, "--format", kind, "--output", tmp_path / "new")
+            assert path.name in message
+            assert not [word for word in ("NoneType", "attribute", "odd") if word in message]
+            shutil.rmtree(folder)
+
+
 def test_mistakes_on_the_command_line_end_with_one_line(opus, tokenizer, tmp_path):
     output = ["--output", tmp_path / "new"]
-    assert "not of FSMTForConditionalGeneration" in refused(opus, "--format", "fsmt", *output)
+    assert "has model_type='marian': give --format marian" in refused(opus, "--format", "fsmt", *output)
     assert "there is no such file or folder" in refused(tmp_path / "none", "--format", "eole", *output)
     assert "exists: choose another" in refused(opus, "--format", "marian", "--output", tmp_path)
-    assert "holds no best.ckpt" in refused(opus, "--format", "joeynmt", *output)
-    assert "is not of an Eole model" in refused(opus, "--format", "eole", *output)
+    (tmp_path / "empty").mkdir()
+    assert "holds no best.ckpt" in refused(tmp_path / "empty", "--format", "joeynmt", *output)
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    assert "No such file" in refused(tmp_path / "empty", "--format", "eole", *output)
     (tmp_path / "model.pt").write_bytes(b"no weights")
     assert "or is no checkpoint" in refused(
         tmp_path / "model.pt", "--format", "torch", *output, *NAMES, "--tokenizer", tokenizer

@@ -132,6 +132,7 @@ def test_the_public_names_are_these():
         "VanillaTransformerForConditionalGeneration",
         "VanillaTransformerModel",
         "VanillaTransformerPreTrainedModel",
+        "VanillaTransformerTokenizer",
         "minimum_bayes_risk",
         "to_pharaoh",
         "train_tokenizer",

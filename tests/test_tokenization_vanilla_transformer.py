@@ -1,5 +1,7 @@
 """The tokenizer: any text comes back exactly, wherever it was saved and loaded."""
 
+import copy
+import functools
 import json
 import re
 import subprocess
@@ -8,9 +10,11 @@ import sys
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vanilla_transformer import train_tokenizer
+from vanilla_transformer.training.bpe_dropout import BpeDropout, word_lengths
 
 
 SENTENCES = [
@@ -163,3 +167,104 @@ def test_another_process_loads_the_same_ids(tokenizers, tmp_path):
 def test_bad_arguments_are_refused(texts, vocab_size, model, message):
     with pytest.raises(ValueError, match=message):
         train_tokenizer(texts, vocab_size, model)
+
+
+TAG = "<2de>"
+WAYS_TO_ADD = {
+    "add_tokens": lambda tokenizer: tokenizer.add_tokens([TAG], special_tokens=True),
+    "AddedToken": lambda tokenizer: tokenizer.add_tokens(AddedToken(TAG, special=True)),
+    "extra_special_tokens": lambda tokenizer: tokenizer.add_special_tokens({"extra_special_tokens": [TAG]}),
+    "additional_special_tokens": lambda tokenizer: tokenizer.add_special_tokens({"additional_special_tokens": [TAG]}),
+    "mask_token": lambda tokenizer: tokenizer.add_special_tokens({"mask_token": TAG}),
+}
+
+
+@pytest.fixture(scope="module", params=[(model, words) for model in MODELS for words in (False, True)], ids=str)
+def trained(request):
+    """Makes a tokenizer of each kind, a new one at each call."""
+    model, pretokenized = request.param
+    serialized = train_tokenizer(SENTENCES, VOCAB_SIZE, model, pretokenized)
+    return lambda: copy.deepcopy(serialized)
+
+
+class TestTokensThatAUserAdds:
+    """A language tag is one token wherever it stands, though text cannot write `</s>`."""
+
+    @pytest.mark.parametrize("way", WAYS_TO_ADD)
+    @pytest.mark.parametrize("load", [None, AutoTokenizer, PreTrainedTokenizerFast], ids=str)
+    def test_a_special_one_is_one_token(self, trained, way, load, tmp_path):
+        tokenizer = trained()
+        size = len(tokenizer)
+        assert WAYS_TO_ADD[way](tokenizer) == 1
+        if load is not None:
+            tokenizer.save_pretrained(tmp_path)
+            # The last as where this package is not installed, which then splits special tokens that have a name.
+            tokenizer = load.from_pretrained(tmp_path)
+            if load is PreTrainedTokenizerFast and way == "mask_token":
+                return
+        assert len(tokenizer) == size + 1
+        assert tokenizer.convert_tokens_to_ids(TAG) == size
+        for text in (f"{TAG} bushes", f"many {TAG} bushes", f"many {TAG}", TAG, f"a{TAG}b", f"{TAG}{TAG} </s><s> 12"):
+            encoded = tokenizer(text, text_target=text)
+            assert encoded["input_ids"] == encoded["labels"]
+            ids = encoded["input_ids"]
+            assert ids[-1] == 2
+            assert ids.count(size) == text.count(TAG)
+            assert not set(ids[:-1]) & {0, 1, 2, 3}
+        assert tokenizer("bushes")["input_ids"] == trained()("bushes")["input_ids"]
+
+    @pytest.mark.parametrize("add", WAYS_TO_ADD.values(), ids=WAYS_TO_ADD)
+    @pytest.mark.parametrize("loaded", [False, True])
+    def test_decoding_gives_back_the_text_and_skips_the_tag(self, trained, add, loaded, tmp_path):
+        tokenizer = trained()
+        add(tokenizer)
+        if loaded:
+            tokenizer.save_pretrained(tmp_path)
+            tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        words = tokenizer.backend_tokenizer.normalizer is None
+        for text in (f"{TAG} bushes", f"many {TAG} bushes ", f"  many {TAG}", TAG, f"a{TAG}b", f"{TAG}{TAG} </s> 1"):
+            ids = tokenizer(text)["input_ids"]
+            bare = text.replace(TAG, "")
+            expected = " ".join(text.replace(TAG, " ").split()) if words else bare
+            assert tokenizer.decode(ids, skip_special_tokens=True) == expected
+            assert tokenizer.batch_decode([ids, ids], skip_special_tokens=True) == [expected] * 2
+            if not words:
+                assert tokenizer.decode(ids[:-1]) == text
+            else:
+                assert tokenizer.decode(ids[:-1]) == " ".join(text.replace(TAG, f" {TAG} ").split())
+
+    @settings(max_examples=100, deadline=None)
+    @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+    def test_any_text_between_tags_comes_back_exactly(self, texts):
+        tokenizer = tagged()
+        text = TAG.join(texts)
+        ids = tokenizer(text)["input_ids"]
+        assert ids.count(VOCAB_SIZE) == text.count(TAG)
+        assert tokenizer.decode(ids[:-1]) == text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace(TAG, "")
+
+    def test_an_ordinary_one_stays_in_the_text(self, trained):
+        tokenizer = trained()
+        size = len(tokenizer)
+        tokenizer.add_tokens(["©DE"])
+        for text in ("©DE bushes", "many©DEbushes"):
+            ids = tokenizer(text)["input_ids"]
+            assert ids.count(size) == 1
+            assert "©DE" in tokenizer.decode(ids, skip_special_tokens=True)
+
+    def test_bpe_dropout_keeps_it_whole(self):
+        tokenizer = tagged()
+        encoded = tokenizer([f"{TAG} many bushes {TAG}"])
+        (ids,), (words,) = encoded["input_ids"], word_lengths(encoded)
+        cut = BpeDropout(tokenizer, 1.0)(ids, words, key=0)
+        assert len(cut) > len(ids)
+        assert cut.count(VOCAB_SIZE) == 2
+        assert tokenizer.decode(cut, skip_special_tokens=True) == " many bushes "
+
+
+@functools.cache
+def tagged():
+    """A BPE tokenizer with the tag."""
+    tokenizer = train_tokenizer(SENTENCES, VOCAB_SIZE)
+    tokenizer.add_tokens([TAG], special_tokens=True)
+    return tokenizer

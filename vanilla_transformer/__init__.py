@@ -4,6 +4,8 @@ Importing the package registers it with transformers' Auto classes, and the task
 """
 
 import os
+import re
+from typing import Any
 
 
 # torch's OpenMP reads this when torch is loaded, so it comes before the other imports. A thread that waits for another
@@ -12,8 +14,8 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
-from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS, PipelineRegistry
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .modeling_vanilla_transformer import (
@@ -29,7 +31,7 @@ from .scoring_vanilla_transformer import (
     to_pharaoh,
     word_alignment,
 )
-from .tokenization_vanilla_transformer import train_tokenizer
+from .tokenization_vanilla_transformer import VanillaTransformerTokenizer, train_tokenizer
 
 
 __version__ = "0.1.0"
@@ -37,10 +39,21 @@ __version__ = "0.1.0"
 AutoConfig.register("vanilla_transformer", VanillaTransformerConfig)
 AutoModel.register(VanillaTransformerConfig, VanillaTransformerModel)
 AutoModelForSeq2SeqLM.register(VanillaTransformerConfig, VanillaTransformerForConditionalGeneration)
+AutoTokenizer.register(VanillaTransformerConfig, VanillaTransformerTokenizer)
 
 # transformers 5 gave up its own translation pipeline, and refuses the name of its task before it looks for another.
 REMOVED_TASKS.pop("translation", None)
 PIPELINE_REGISTRY.register_pipeline("translation", TranslationPipeline, pt_model=AutoModelForSeq2SeqLM, type="text")
+
+
+def _check_task(task: str) -> tuple[str, dict, Any]:
+    """transformers 4 also knew the task with its languages, such as "translation_en_to_de"."""
+    return PipelineRegistry.check_task(
+        PIPELINE_REGISTRY, "translation" if re.fullmatch(r"translation_\w+_to_\w+", task) else task
+    )
+
+
+PIPELINE_REGISTRY.check_task = _check_task  # type: ignore[method-assign]
 
 __all__ = [
     "TranslationAlignments",
@@ -50,6 +63,7 @@ __all__ = [
     "VanillaTransformerForConditionalGeneration",
     "VanillaTransformerModel",
     "VanillaTransformerPreTrainedModel",
+    "VanillaTransformerTokenizer",
     "minimum_bayes_risk",
     "to_pharaoh",
     "train_tokenizer",

@@ -6,9 +6,10 @@ values, so every text can be written and none is ever unknown. The work is done 
 
 import json
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -16,16 +17,63 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENIZER_MODELS = ("bpe", "unigram")
+# What stood between a token that a user has added and the text beside it, by the kind of normaliser: nothing where the
+# text's own spaces are kept, and a space where words are told by white space.
+SEPARATORS = {normalizers.Prepend: "", type(None): " "}
+
+
+class VanillaTransformerTokenizer(PreTrainedTokenizerFast):
+    """
+    A tokenizer in which text cannot write the tokens of SPECIAL_TOKENS, but can write those that a user adds: a tag for
+    a language, by `add_tokens(["<2de>"], special_tokens=True)` or `add_special_tokens`, is one token wherever it is.
+
+    The library `tokenizers` splits all special tokens or none (`split_special_tokens`). To it a user's are therefore
+    ordinary ones. So they are where a saved folder is loaded without this package, too, and only
+    `skip_special_tokens` then leaves them in.
+    """
+
+    def _add_tokens(self, new_tokens: list[str] | list[AddedToken], special_tokens: bool = False) -> int:
+        own = {str(token) for name in SPECIAL_TOKENS if (token := self._special_tokens_map[name]) is not None}
+        added = []
+        for token in new_tokens:
+            if isinstance(token, str):
+                # Text is written as it is: looked for in normalised text, a token would need a space before it.
+                token = AddedToken(token, normalized=False, special=special_tokens)
+            special = special_tokens or token.special
+            if special and token.content not in self.all_special_tokens:
+                self._extra_special_tokens.append(token.content)
+            options = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            added.append(AddedToken(token.content, **options, special=special and token.content in own))
+        return self._tokenizer.add_tokens(added)
+
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        added = {number for number, token in self.added_tokens_decoder.items() if not token.special}
+        if not added:
+            return super()._decode(token_ids, skip_special_tokens, **kwargs)
+        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        separator = SEPARATORS.get(type(self._tokenizer.normalizer))
+        if separator is None:
+            return super()._decode([token for token in token_ids if token not in skipped], **kwargs)
+        # Each stretch of text between added tokens was encoded by itself.
+        parts: list[str] = []
+        for is_added, tokens in groupby(token_ids, added.__contains__):
+            if is_added:
+                parts += [str(self.convert_ids_to_tokens(token)) for token in tokens if token not in skipped]
+            else:
+                parts.append(super()._decode(list(tokens), skip_special_tokens, **kwargs))
+        return separator.join(filter(None, parts))
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, model: str = "bpe", pretokenized: bool = False
-) -> PreTrainedTokenizerFast:
+) -> VanillaTransformerTokenizer:
     """
     Learns subwords from both sides of the training text.
 
     Encoding appends `</s>`; the model itself puts `<s>` before the target. Text is never normalised, and digits stand
-    alone, so that numbers are copied digit by digit. A special token that is written in a text is text.
+    alone, so that numbers are copied digit by digit. One of these special tokens that is written in a text is text.
+    Tokens that are added later, such as language tags, are one token wherever they are written.
 
     Args:
         texts: sentences of the source and the target.
@@ -69,7 +117,7 @@ def train_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
     )
-    return PreTrainedTokenizerFast(
+    return VanillaTransformerTokenizer(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,

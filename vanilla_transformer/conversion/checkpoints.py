@@ -4,6 +4,7 @@ Nothing that a file holds is ever executed, and nothing is guessed: a tensor tha
 shape than the configuration says is refused by its name.
 """
 
+import json
 import pickle
 import struct
 from collections import Counter
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from ..configuration_vanilla_transformer import VanillaTransformerConfig
 from ..modeling_vanilla_transformer import SinusoidalPositions, VanillaTransformerForConditionalGeneration
+from ..tokenization_vanilla_transformer import VanillaTransformerTokenizer
 
 
 # The bias of a token that can never be predicted: its probability is exactly 0 in every floating-point type, and a
@@ -29,6 +30,92 @@ UNUSED = -1e4
 # Precedes a piece that only the target has, in the tokenizer's vocabulary: no text has this character, of the private
 # use area, so no source is split into such a piece. Decoding drops it.
 TARGET_ONLY = "\ue000"
+# What transformers loads, by the `model_type` of its config.json, with the files that it needs beside weights.
+OF_TRANSFORMERS = {
+    "marian": ("config.json", "vocab.json", "source.spm", "target.spm"),
+    "fsmt": ("config.json", "vocab-src.json", "vocab-tgt.json", "merges.txt"),
+}
+# Its files of JSON, and the field of config.json that is the size of a vocabulary.
+SETTINGS = {
+    **dict.fromkeys(("config.json", "generation_config.json", "tokenizer_config.json"), ""),
+    **{"vocab.json": "vocab_size", "vocab-src.json": "src_vocab_size", "vocab-tgt.json": "tgt_vocab_size"},
+}
+
+
+def refuse_other_kind(source: str | Path, kind: str) -> None:
+    """
+    Looks at what is to be converted before a library reads it, whose words for what it does not know are its own.
+
+    Args:
+        source: what is to be converted, a file or a folder.
+        kind: what it is said to be: "marian", "fsmt", "joeynmt", "eole" or "torch".
+
+    Raises:
+        ValueError: it is a model of this package already, or a model of transformers of another kind; a file where a
+            folder is needed, or the other way round; a folder of transformers of which a file is missing or damaged.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        if kind not in ("torch", "joeynmt"):
+            raise ValueError(f"{source} is a file: --format {kind} reads a folder")
+        return
+    config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    _refuse_other_model_type(source / "config.json", config.get("model_type"), kind)
+    if kind == "torch":
+        raise ValueError(f"{source} is a folder: --format torch reads one file, a state dict")
+    needed = OF_TRANSFORMERS.get(kind, ())
+    for name in needed:
+        if not (source / name).is_file() or not (source / name).stat().st_size:
+            raise ValueError(
+                f"{source} holds no {name}, or an empty one: a folder of --format {kind} has {', '.join(needed)}"
+            )
+    if kind in OF_TRANSFORMERS:
+        _refuse_damaged_files(source, config)
+
+
+def _refuse_other_model_type(path: Path, model_type: Any, kind: str) -> None:
+    if model_type == VanillaTransformerConfig.model_type:
+        raise ValueError(
+            f"{path} is that of a model of this package: there is nothing to convert. AutoModelForSeq2SeqLM and "
+            "scripts/translate.py load the folder as it is"
+        )
+    if model_type in OF_TRANSFORMERS and model_type != kind:
+        raise ValueError(f"{path} has model_type={model_type!r}: give --format {model_type}")
+    # Folders of other frameworks have none, and of those of transformers only a missing file tells none.
+    if model_type != kind and (model_type is not None or (kind in OF_TRANSFORMERS and path.is_file())):
+        known = " and ".join(map(repr, OF_TRANSFORMERS))
+        raise ValueError(f"{path} has model_type={model_type!r}: of transformers' models, {known} can be converted")
+
+
+def _refuse_damaged_files(folder: Path, config: dict[str, Any]) -> None:
+    """transformers passes over a damaged `generation_config.json`, and over an empty vocabulary of FSMT."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name in SETTINGS:
+            entries = len(read_json(path))
+            size = config.get(SETTINGS[path.name])
+            if size is not None and not 0 < entries <= size:
+                raise ValueError(f"{path} has {entries} tokens, and config.json {SETTINGS[path.name]}={size}")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(path, "pt").__exit__(None, None, None)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    An object.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {json.dumps(found)[:20]}, where an object should be")
+    return found
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -341,9 +428,10 @@ def refuse_duplicates(tokens: list[str], name: str | Path) -> None:
             raise ValueError(f"{name} holds the token {token!r} {count} times")
 
 
-def pack_tokenizer(tokenizer: Tokenizer, specials: Mapping[str, str], append_eos: bool) -> PreTrainedTokenizerFast:
+def pack_tokenizer(tokenizer: Tokenizer, specials: Mapping[str, str], append_eos: bool) -> VanillaTransformerTokenizer:
     """
-    A tokenizer that `AutoTokenizer` loads once it is saved. A special token that is written in a text is text.
+    A tokenizer that `AutoTokenizer` loads once it is saved. A special token of `specials` that is written in a text is
+    text.
 
     Args:
         tokenizer: splits, and joins.
@@ -356,7 +444,7 @@ def pack_tokenizer(tokenizer: Tokenizer, specials: Mapping[str, str], append_eos
             single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
         )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials.values()])
-    return PreTrainedTokenizerFast(
+    return VanillaTransformerTokenizer(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, split_special_tokens=True, **specials
     )
 

@@ -6,7 +6,6 @@ Eole builds many architectures. What can be converted is its encoder-decoder `tr
 that normalise before their sub-layers, LayerNorm, absolute positions, plain attention and feed-forward networks.
 """
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from .checkpoints import (
     join_vocabularies,
     layer_modules,
     pack_tokenizer,
+    read_json,
     read_safetensors,
     refuse_duplicates,
     refuse_other_positions,
@@ -108,8 +108,8 @@ def from_eole(folder: str | Path) -> tuple[VanillaTransformerForConditionalGener
         FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
-    settings = _read_json(folder / "config.json")
-    vocabulary = _read_json(folder / "vocab.json")
+    settings = read_json(folder / "config.json")
+    vocabulary = read_json(folder / "vocab.json")
     model_settings = settings.get("model")
     if not isinstance(model_settings, dict) or model_settings.get("architecture") != "transformer":
         raise ValueError(f"{folder / 'config.json'} is not of an Eole model of architecture 'transformer'")
@@ -133,16 +133,6 @@ def from_eole(folder: str | Path) -> tuple[VanillaTransformerForConditionalGener
     _copy(model, weights, model_settings, joint)
     _set_decoding(model, settings.get("inference") or {})
     return model.eval(), tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, where an object should be")
-    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -249,6 +249,74 @@ def test_a_sentence_beyond_learned_positions_is_named(tiny_model, tokenizer):
         list(pipe.stream(f"Three. {long}"))
 
 
+class TestTransformers4:
+    """What the translation pipeline of transformers 4 took is taken, or refused with what replaces it."""
+
+    def test_the_languages_may_stand_in_the_name_of_the_task(self, pipe, model, tokenizer, tmp_path):
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path)
+        for task in ("translation_en_to_de", "translation_zh_CN_to_en"):
+            loaded = pipeline(task, model=str(tmp_path), device="cpu")
+            assert type(loaded) is TranslationPipeline
+            assert loaded(TEXTS) == pipe(TEXTS)
+        with pytest.raises(KeyError, match="Unknown task translation_en"):
+            pipeline("translation_en", model=str(tmp_path))
+
+    def test_what_changes_nothing_is_taken(self, pipe):
+        options = {"return_text": True, "return_tensors": False, "return_type": 1, "framework": "pt", "src_lang": None}
+        assert pipe(TEXTS, **options) == pipe(TEXTS)
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"return_tensors": True}, "return_tensors can only be False: call generate"),
+            ({"return_text": False}, "return_text can only be True"),
+            ({"return_type": 0}, "return_type can only be 1, text"),
+            ({"stop_sequence": "."}, "stop_sequence is not taken: give its id as eos_token_id"),
+            ({"src_lang": "en"}, "src_lang is not taken: .* tags for several"),
+            ({"tgt_lang": "de"}, "tgt_lang is not taken"),
+            ({"framework": "tf"}, "framework can only be 'pt'"),
+        ],
+    )
+    def test_what_is_not_there_is_refused_with_what_replaces_it(self, pipe, model, tokenizer, option, message):
+        with pytest.raises(ValueError, match=message):
+            pipe("One.", **option)
+        with pytest.raises(ValueError, match=message):
+            list(pipe.stream("One.", **option))
+        with pytest.raises(ValueError, match=message):
+            TranslationPipeline(model=model, tokenizer=tokenizer, device="cpu", **option)
+
+    @pytest.mark.parametrize("truncation", [True, "longest_first", "only_first"])
+    def test_truncation_cuts_what_learned_positions_do_not_reach(self, tiny_model, tokenizer, truncation):
+        model = tiny_model(vocab_size=len(tokenizer), position_embedding_type="learned", max_position_embeddings=8)
+        pipe = TranslationPipeline(model=model, tokenizer=tokenizer, device="cpu")
+        text = "Nevertheless, notwithstanding."
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) > 8
+        cut = torch.tensor([[*ids[:7], tokenizer.eos_token_id]])
+        expected = tokenizer.decode(model.generate(cut, num_beams=1)[0], skip_special_tokens=True)
+        assert pipe(text, truncation=truncation, num_beams=1) == [{"translation_text": expected}]
+        assert "".join(pipe.stream(text, truncation=truncation)) == expected
+        # What fits is not cut, and nothing is without learned positions.
+        assert pipe("One.", truncation=True) == pipe("One.")
+
+    def test_truncation_cuts_nothing_of_a_model_with_sinusoids(self, pipe):
+        assert pipe(TEXTS, truncation=True) == pipe(TEXTS, truncation="do_not_truncate") == pipe(TEXTS)
+
+    def test_spaces_are_cleaned_up_as_the_tokenizer_does(self, tiny_model):
+        tokenizer = train_tokenizer([TEXT, *SPLITS], 400, "unigram")
+        pipe = TranslationPipeline(model=tiny_model(vocab_size=len(tokenizer)), tokenizer=tokenizer, device="cpu")
+        written = tokenizer("Who , me ? No .", return_tensors="pt")["input_ids"]
+        pipe.model.generate = lambda **options: written
+        assert pipe("One.") == [{"translation_text": "Who , me ? No ."}]
+        assert pipe("One.", clean_up_tokenization_spaces=True) == [{"translation_text": "Who, me? No."}]
+        always = TranslationPipeline(
+            model=pipe.model, tokenizer=tokenizer, device="cpu", clean_up_tokenization_spaces=True
+        )
+        assert always("One.") == [{"translation_text": "Who, me? No."}]
+        assert always("One.", clean_up_tokenization_spaces=False) == [{"translation_text": "Who , me ? No ."}]
+
+
 class TestStreaming:
     @pytest.mark.parametrize("text", [*TEXTS, "你好。我很好。"])
     @pytest.mark.parametrize("options", [{}, {"split_sentences": False}], ids=str)
@@ -300,7 +368,7 @@ class TestLoading:
 
     def test_a_saved_pipeline_has_its_code_and_a_model_saved_after_it_has_none(self, pipe, model, tmp_path):
         pipe.save_pretrained(tmp_path / "pipeline")
-        modules = {"pipeline_vanilla_transformer.py", "loading_vanilla_transformer.py"}
+        modules = {f"{name}_vanilla_transformer.py" for name in ("pipeline", "loading", "validation")}
         assert {path.name for path in (tmp_path / "pipeline").glob("*.py")} == modules
         for options in ({"trust_remote_code": True}, {"pipeline_class": TranslationPipeline}):
             loaded = pipeline("translation", model=str(tmp_path / "pipeline"), device="cpu", **options)

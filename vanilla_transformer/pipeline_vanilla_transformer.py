@@ -16,12 +16,46 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline, TextIteratorStreamer
 
 from .loading_vanilla_transformer import refuse_other_tokenizer, text_fault
+from .validation_vanilla_transformer import FLAG, GENERATION_OPTIONS, Rule, refuse_wrong_values, whole_number
 
 
 # Of a generator or a dataset, so many batches of sentences are read ahead, to be sorted by their length.
 READ_AHEAD = 16
-# What generate() takes with an entry for each row, and rows are this pipeline's own affair.
-BY_ROW = ("decoder_input_ids", "decoder_attention_mask", "required_phrases", "forbidden_phrases")
+# What is not taken, and why. generate() takes it with an entry for each row, and rows are this pipeline's own affair;
+# or the pipeline of transformers 4 took it: then with the value that asks for no more than there is.
+NOT_TAKEN: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(
+        ("decoder_input_ids", "decoder_attention_mask", "required_phrases", "forbidden_phrases"),
+        (
+            None,
+            "has an entry for each row, but the pipeline makes its own rows of the sentences: call generate() of the "
+            "model",
+        ),
+    ),
+    "return_text": (True, "can only be True: the pipeline returns text"),
+    "return_tensors": (False, "can only be False: call generate() of the model for token ids"),
+    "return_type": (1, "can only be 1, text: call generate() of the model for token ids"),
+    "stop_sequence": (None, "is not taken: give its id as eos_token_id"),
+    **dict.fromkeys(
+        ("src_lang", "tgt_lang"),
+        (
+            None,
+            "is not taken: a model translates between the languages that it was trained on, and where it was trained "
+            "with tags for several they are written into the text",
+        ),
+    ),
+    "framework": ("pt", "can only be 'pt'"),
+}
+TRUNCATION = Rule(
+    lambda value: value in (True, False, "longest_first", "only_first", "do_not_truncate"), "True or False"
+)
+OWN_OPTIONS = {
+    "split_sentences": FLAG,
+    "batch_tokens": whole_number(1),
+    "return_scores": FLAG,
+    "clean_up_tokenization_spaces": FLAG,
+    "truncation": TRUNCATION,
+}
 
 # Unicode's Sentence_Terminal that end a sentence wherever they stand: Chinese and Japanese, Devanagari, Arabic,
 # Urdu, Armenian, Syriac, N'Ko, Ethiopic, Khmer, Myanmar, Mongolian.
@@ -115,14 +149,18 @@ class TranslationPipeline(Pipeline):
 
     Each of these can be given to a call, and to `pipeline()` as the default for all calls:
         split_sentences (`bool`): False translates each text as one sentence. Default: True.
+        truncation (`bool`): cuts sentences that are longer than learned positions reach, which are an error otherwise.
+            Default: False.
         batch_tokens (`int`): source tokens, padding included, of sentences translated together; a longer sentence is
             translated alone. It is there in place of `batch_size`. Default: 4096.
         return_scores (`bool`): adds `score`, the sum of generate()'s `sequences_scores` over a text's sentences, for
             which it must search with more than one beam. Default: False.
         num_return_sequences (`int`): for more than one, each input gives a list of its best translations. The second
             best joins the second best of each sentence, and so on.
+        clean_up_tokenization_spaces (`bool`): as in the tokenizer's `decode`. Default: the tokenizer's.
         All other arguments of `generate()`, but those that have an entry for each row (`decoder_input_ids`,
             `required_phrases`, `forbidden_phrases`).
+    The languages in a task's name (`"translation_en_to_de"`), as transformers 4 had it, change nothing.
 
     Raises:
         ValueError: a sentence is longer than learned positions reach, a text holds half of a surrogate pair, an option
@@ -167,14 +205,14 @@ class TranslationPipeline(Pipeline):
         """
         if options.get("num_beams", 1) != 1:
             raise ValueError(f"num_beams={options['num_beams']}: only one beam can be streamed, leave num_beams out")
-        preprocess_params, options, _ = self._sanitize_parameters(**options)
+        preprocess_params, options, decoding = self._sanitize_parameters(**options)
         options = {**self._forward_params, **options}
         options.pop("batch_tokens", None)
         prepared = self._prepared(text, 1, {**self._preprocess_params, **preprocess_params})
-        rows = iter(prepared["input_ids"])
+        rows, decoding = iter(prepared["input_ids"]), {**self._postprocess_params, **decoding}
         for number, (sentence, space) in enumerate(prepared["pieces"], start=1):
             translation = ""
-            for piece in self._stream_sentence(next(rows), options) if sentence else ():
+            for piece in self._stream_sentence(next(rows), options, decoding) if sentence else ():
                 translation += piece
                 yield piece
             if number < len(prepared["pieces"]):
@@ -182,10 +220,10 @@ class TranslationPipeline(Pipeline):
             if space:
                 yield space
 
-    def _stream_sentence(self, ids: list[int], options: dict) -> Iterator[str]:
+    def _stream_sentence(self, ids: list[int], options: dict, decode_options: dict) -> Iterator[str]:
         """Decodes one sentence in a thread of its own, and yields what it hands out."""
         batch = self.tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
-        streamer = _CharacterStreamer(self.tokenizer, skip_special_tokens=True)
+        streamer = _CharacterStreamer(self.tokenizer, skip_special_tokens=True, **decode_options)
         with ThreadPoolExecutor(max_workers=1) as pool:
             decoding = pool.submit(self.forward, batch, streamer=streamer, **options)
             # After an error too, or the loop below would wait forever.
@@ -208,19 +246,27 @@ class TranslationPipeline(Pipeline):
         split_sentences: bool | None = None,
         batch_tokens: int | None = None,
         return_scores: bool | None = None,
+        truncation: bool | str | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
         **generate_options: Any,
     ) -> tuple[dict, dict, dict]:
         """Sorts the options by the stage that takes them."""
-        for name in BY_ROW:
-            if name in generate_options:
-                raise ValueError(
-                    f"{name} has an entry for each row, but the pipeline makes its own rows of the sentences: call "
-                    "generate() of the model"
-                )
-        preprocess_params = {} if split_sentences is None else {"split": split_sentences}
+        for name, (harmless, why) in NOT_TAKEN.items():
+            value = generate_options.pop(name, None)
+            if value is not None and (harmless is None or value != harmless):
+                raise ValueError(f"{name} {why}")
+        preprocessing = {"split": split_sentences, "truncation": truncation}
         own = {"batch_tokens": batch_tokens, "return_scores": return_scores}
-        own = {name: value for name, value in own.items() if value is not None}
-        return preprocess_params, {**own, **generate_options}, {}
+        decoding = {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
+        refuse_wrong_values(
+            OWN_OPTIONS, {"split_sentences": split_sentences, "truncation": truncation, **own, **decoding}
+        )
+        refuse_wrong_values(GENERATION_OPTIONS, generate_options)
+        preprocess_params, own, postprocess_params = (
+            {name: value for name, value in options.items() if value is not None}
+            for options in (preprocessing, own, decoding)
+        )
+        return preprocess_params, {**own, **generate_options}, postprocess_params
 
     def run_single(self, inputs: str, preprocess_params: dict, forward_params: dict, postprocess_params: dict) -> list:
         """The translations of one text."""
@@ -249,9 +295,9 @@ class TranslationPipeline(Pipeline):
             read.append(self._prepared(text, number, preprocess_params))
             tokens += sum(map(len, read[-1]["input_ids"]))
             if tokens >= most:
-                yield from self._translations(read, batch_tokens, options)
+                yield from self._translations(read, batch_tokens, options, postprocess_params)
                 read, tokens = [], 0
-        yield from self._translations(read, batch_tokens, options)
+        yield from self._translations(read, batch_tokens, options, postprocess_params)
 
     def _prepared(self, text: str, number: int, preprocess_params: dict) -> dict[str, list]:
         """`preprocess`, with errors that say which of the texts it is."""
@@ -263,25 +309,32 @@ class TranslationPipeline(Pipeline):
         if fault := text_fault(text):
             raise ValueError(f"text {number} {fault}")
         prepared = self.preprocess(text, **preprocess_params)
-        config = self.model.config
-        # Other models can be loaded for this task, and have no such field.
-        if getattr(config, "position_embedding_type", None) == "learned":
-            for sentence, ids in enumerate(prepared["input_ids"], start=1):
-                if len(ids) > config.max_position_embeddings:
-                    raise ValueError(
-                        f"sentence {sentence} of text {number} has {len(ids)} tokens, but the model has learned "
-                        f"positions for max_position_embeddings={config.max_position_embeddings}: split it"
-                    )
+        longest = self._longest_sentence()
+        for sentence, ids in enumerate(prepared["input_ids"], start=1):
+            if longest is not None and len(ids) > longest:
+                raise ValueError(
+                    f"sentence {sentence} of text {number} has {len(ids)} tokens, but the model has learned positions "
+                    f"for max_position_embeddings={longest}: split it, or give truncation=True to cut it"
+                )
         return prepared
 
-    def preprocess(self, text: str, split: bool = True) -> dict[str, list]:
+    def _longest_sentence(self) -> int | None:
+        """How many tokens learned positions are for. Other models can be loaded for this task, and lack the field."""
+        config = self.model.config
+        learned = getattr(config, "position_embedding_type", None) == "learned"
+        return config.max_position_embeddings if learned else None
+
+    def preprocess(self, text: str, split: bool = True, truncation: bool | str = False) -> dict[str, list]:
         """Sentences with the white space after them (`pieces`), and the tokens of those that are not empty."""
         pieces = split_sentences(text) if split else _without_splitting(text)
         sentences = [sentence for sentence, _ in pieces if sentence]
-        ids = self.tokenizer(sentences, return_attention_mask=False)["input_ids"] if sentences else []
+        cut = {"truncation": truncation, "max_length": self._longest_sentence()} if truncation else {}
+        ids = self.tokenizer(sentences, return_attention_mask=False, **cut)["input_ids"] if sentences else []
         return {"pieces": pieces, "input_ids": ids}
 
-    def _translations(self, texts: list[dict], batch_tokens: int, options: dict) -> Iterator[list[dict]]:
+    def _translations(
+        self, texts: list[dict], batch_tokens: int, options: dict, decoding: dict
+    ) -> Iterator[list[dict]]:
         """Translates the sentences of prepared texts, the longest first, and yields the best of each text."""
         rows = [ids for text in texts for ids in text["input_ids"]]
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
@@ -292,7 +345,7 @@ class TranslationPipeline(Pipeline):
             start += len(batch)
             padded = self.tokenizer.pad({"input_ids": [rows[row] for row in batch]}, return_tensors="pt")
             outputs = self.forward(padded, **options)
-            translations = self.tokenizer.batch_decode(outputs["sequences"], skip_special_tokens=True)
+            translations = self.tokenizer.batch_decode(outputs["sequences"], skip_special_tokens=True, **decoding)
             count = len(translations) // len(batch)
             for i, scored in enumerate(zip(translations, outputs["scores"].tolist(), strict=True)):
                 best[batch[i // count]].append(scored)

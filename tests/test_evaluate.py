@@ -97,11 +97,11 @@ def test_a_model_of_the_hub_brings_its_recipe(run, scored, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("- a list\n", "recipe.yaml is no recipe: say by --bleu_tokenize"),
-        ("bleu_tokenize: [", "recipe.yaml is no recipe: say by --bleu_tokenize"),
-        (b"bleu_tokenize: \xff", "recipe.yaml is no recipe: say by --bleu_tokenize"),
+        ("- a list\n", "recipe.yaml must hold lines of the form"),
+        ("bleu_tokenize: [", "recipe.yaml is not YAML"),
+        (b"bleu_tokenize: \xff", "recipe.yaml is not YAML"),
         ("bleu_tokenize: moses\n", "bleu_tokenize='moses' is unknown"),
-        (yaml.safe_dump({"bleu_tokenize": [1]}), r"bleu_tokenize='\[1\]' is unknown"),
+        (yaml.safe_dump({"bleu_tokenize": [1]}), r"bleu_tokenize=\"\['1'\]\" is unknown"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_named_before_anything_is_translated(recipe, message, run, scored, tmp_path):

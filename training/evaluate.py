@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -37,6 +36,7 @@ from .arguments import DataArguments, DecodingArguments, UserError, check_bleu_t
 from .batching import batch_sizes
 from .data import DataError, load_pairs
 from .metrics import TranslationMetrics
+from .options import read_yaml
 from .report import make_sure_of_file, write_beside
 
 
@@ -306,11 +306,8 @@ def bleu_tokenizer_of(model: str) -> tuple[str, str]:
         _raise_exceptions_for_connection_errors=False,
     )
     if path is not None:
-        try:
-            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            name, origin = str(recipe.get("bleu_tokenize", name)), "as its recipe.yaml says"
-        except (yaml.YAMLError, UnicodeDecodeError, OSError, AttributeError) as error:
-            raise UserError(f"{path} is no recipe: say by --bleu_tokenize how BLEU is to be scored") from error
+        recipe = read_yaml(Path(path))
+        name, origin = str(recipe.get("bleu_tokenize", name)), "as its recipe.yaml says"
     check_bleu_tokenizer(name)
     return name, origin
 

@@ -120,6 +120,7 @@ def test_what_else_is_written_into_a_card_is_the_authors_own(tmp_path):
 PAIRS = {
     "two languages": (("en", "de"), ["en", "de"], None),
     "regions and scripts": (("pt_BR", "zh-Hant"), ["pt", "zh"], ["pt-BR", "zh-Hant"]),
+    "Norwegian, which YAML takes for false": (("en", "no"), ["en", "no"], None),
     "one region": (("en", "pt_BR"), ["en", "pt"], ["en", "pt-BR"]),
     "unknown": ((None, None), None, None),
 }

@@ -6,6 +6,7 @@ The values are made from the parser's own list: of a wrong type, out of range, n
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -21,12 +22,14 @@ from transformers import set_seed
 
 from vanilla_transformer.training import train
 from vanilla_transformer.training.arguments import (
+    REFUSED,
     REFUSED_BY_SYSTEM,
     DataArguments,
     RecipeError,
     TokenizerArguments,
     UserError,
     parse_recipe,
+    plain,
     read_recipe,
     recipe_parser,
 )
@@ -200,3 +203,158 @@ def test_no_value_ends_a_run_by_a_traceback(name, refusal):
     nothing = [None] if NoneType in kinds_of(name) and DEFAULTS[name] is not None else []
     for value in out_of_range(name) + nothing:
         assert refusal(name, value) != ""
+
+
+# A line of YAML, and what it says. Where YAML itself reads something else, that stands beside it.
+LINES = {
+    "target_lang: no": "no",  # false
+    "source_lang: on": "on",  # true
+    "data_name: 2014": "2014",  # a number
+    "data_name: 2014-01-02": "2014-01-02",  # a date
+    "data_name: 1_000": "1_000",
+    "data_name: 0x10": "0x10",
+    "data_name: 'null'": "null",
+    "data_name: ~": None,
+    "data_name:": None,
+    "output_dir: 2026": "2026",
+    "learning_rate: 1e-3": 0.001,  # text
+    "learning_rate: 5": 5.0,
+    "weight_decay: .5": 0.5,
+    "num_beams: 010": 10,  # 8
+    "num_beams: '7'": 7,
+    "max_new_tokens: null": None,
+    "save_total_limit: NULL": None,
+    "normalize_before: on": True,
+    "normalize_before: off": False,
+    "normalize_before: yes": True,
+    "tie_word_embeddings: no": False,
+    "pretokenized: True": True,
+    "bf16: auto": "auto",
+    "bf16: off": False,
+    "fsdp: true": True,
+    "fsdp: full_shard": "full_shard",
+    "trackio_static_space_id: false": False,
+    "eval_strategy: no": "no",  # false
+    "include_num_input_tokens_seen: non_padding": "non_padding",
+    "train_file: 5": ["5"],
+    "train_file: a.jsonl": ["a.jsonl"],
+    "train_file: [no, 1e-3, -x]": ["no", "1e-3", "-x"],
+    "report_to: [tensorboard, wandb]": ["tensorboard", "wandb"],
+    "report_to: wandb": "wandb",
+    "lr_scheduler_kwargs: {min_lr: 1e-7, deep: {on: true, off: no}, none: null, list: [1, a]}": (
+        '{"min_lr": 1e-07, "deep": {"on": true, "off": "no"}, "none": null, "list": [1, "a"]}'
+    ),
+    "deepspeed: zero.json": "zero.json",
+}
+NOT_READ = {
+    "num_beams: 4.0": "argument --num_beams/--num-beams: invalid int value: '4.0'",
+    "max_new_tokens: 20.0": "argument --max_new_tokens/--max-new-tokens: invalid int value: '20.0'",
+    "average_checkpoints: 2.0": "argument --average_checkpoints/--average-checkpoints: invalid int value: '2.0'",
+    "vocab_size: 300.0": "argument --vocab_size/--vocab-size: invalid int value: '300.0'",
+    "vocab_size: [300]": "argument --vocab_size: expected one value, not the list ['300']",
+    "vocab_size: {a: 1}": "invalid int value: '{\"a\": 1}'",
+    "dropout: much": "argument --dropout: invalid float value: 'much'",
+    "eval_strategy: off": "argument --eval_strategy/--eval-strategy: invalid choice: 'off'",
+    "vocab_size: null": "argument --vocab_size: null is no value of it: leave it out, for its default",
+    "dropout: 0.1\nseed: 1\ndropout: 0.2": "is not YAML: dropout is given twice in",
+    "variants: {a: {seed: 1, seed: 2}}": "is not YAML: seed is given twice in",
+    "lr_scheduler_kwargs: {a: 1, a: 1}": "is not YAML: a is given twice in",
+    "variants: [a]": "variants must hold lines of the form `name: {field: value}`",
+    "variants: {a: }": "variants must hold lines of the form `name: {field: value}`",
+    "1: 2": "sets the unknown field '1'",
+    "~: 2": "sets the unknown field 'None'",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_value_is_what_the_fields_type_says(line, tmp_path):
+    (tmp_path / "a.yaml").write_text(line)
+    name = line.partition(":")[0]
+    read = read_recipe(str(tmp_path / "a.yaml"), None, PARSER)
+    assert read == {name: LINES[line]}
+    assert type(read[name]) is type(LINES[line])
+    # As the run's own recipe has it, which repeats the run.
+    (tmp_path / "b.yaml").write_text(train.as_yaml({name: plain(read[name])}))
+    assert read_recipe(str(tmp_path / "b.yaml"), None, PARSER) == read
+
+
+@pytest.mark.parametrize("line", NOT_READ)
+def test_a_value_that_a_type_does_not_have_and_a_key_twice_are_refused_with_the_file(line, tmp_path):
+    (tmp_path / "a.yaml").write_text(line)
+    with pytest.raises(RecipeError) as refused:
+        read_recipe(str(tmp_path / "a.yaml"), None, PARSER)
+    assert str(refused.value).startswith(f"{tmp_path / 'a.yaml'}")
+    assert NOT_READ[line] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_keys_are_merged_as_yaml_has_it(tmp_path):
+    text = "seed: 1\nvariants:\n  a: &a {seed: 2, vocab_size: 300}\n  b:\n    <<: *a\n    seed: 3\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_recipe(str(tmp_path / "a.yaml"), "b", PARSER) == {"seed": 3, "vocab_size": 300}
+
+
+def test_a_run_writes_whole_numbers_as_it_was_told_and_languages_as_text(folder):
+    argv = recipe_with(folder, warmup_steps=600, eval_steps=2, num_train_epochs=3, target_lang="no", weight_decay=0.5)
+    recipe = parse_recipe([*argv, "--logging_steps", "100", "--debug", "underflow_overflow"])
+    text = train.as_yaml(recipe.given)
+    for line in ("warmup_steps: 600", "eval_steps: 2", "logging_steps: 100", "target_lang: 'no'", "weight_decay: 0.5"):
+        assert f"\n{line}\n" in f"\n{text}"
+    (folder / "again.yaml").write_text(text)
+    assert parse_recipe([str(folder / "again.yaml")])[:5] == recipe[:5]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_would_do_nothing_is_refused_by_name_before_anything_is_read(name, folder):
+    values = {"accelerator_config": '{"split_batches": true}', "generation_config": "nowhere", "label_names": "x",
+              "include_for_metrics": "inputs", "length_column_name": "x", "label_smoothing_factor": "0.1"}  # fmt: skip
+    value = values.get(name, str(not DEFAULTS[name]))
+    if name in ("parallelism_config", "liger_kernel_config"):
+        with pytest.raises(RecipeError, match=f"argument --{name}"):
+            parse_recipe(recipe_with(folder, **{name: {"a": "1"}}))
+        return
+    with pytest.raises(RecipeError, match=f"^{name}=.* {re.escape(REFUSED[name])}$"):
+        parse_recipe(recipe_with(folder, train_file="nowhere", **{name: value}))
+
+
+ALSO_REFUSED = {
+    "per_device_eval_batch_size=4": {},
+    "dataloader_drop_last=True": {},
+    "dataloader_persistent_workers=True": {},
+    "dataloader_multiprocessing_context=spawn": {},
+    "ddp_backend=gloo": {},
+    "debug=['tpu_metrics_debug']": {"debug": "tpu_metrics_debug"},
+    "fp16=True": {},
+    "fsdp_config=x.json": {},
+    "torch_compile_backend=nothing": {},
+    "torch_compile_mode=nothing": {},
+    "lr_scheduler_kwargs=text must be JSON": {"lr_scheduler_kwargs": "text"},
+    "activation_checkpointing_kwargs: offload=True": {"activation_checkpointing_kwargs": {"offload": True}},
+    "activation_checkpointing_kwargs: debug=True": {"activation_checkpointing_kwargs": {"debug": True}},
+    "activation_checkpointing_kwargs: every_n_layers=0": {"activation_checkpointing_kwargs": {"every_n_layers": 0}},
+}
+
+
+@pytest.mark.parametrize("message", ALSO_REFUSED)
+def test_what_does_not_go_with_the_run_or_the_machine_is_refused_likewise(message, folder):
+    name, _, value = message.partition("=")
+    given = ALSO_REFUSED[message] or {name: value}
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}"):
+        parse_recipe(recipe_with(folder, train_file="nowhere", use_cpu="true", **given))
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("bleu", "max"), ("ter", "min"), ("loss", "min")])
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_the_metric_knows_which_way_is_better(schedule, metric, mode, folder):
+    told = parse_recipe(recipe_with(folder, lr_scheduler_type=schedule, metric_for_best_model=metric))
+    assert told.training.lr_scheduler_kwargs == {"mode": mode}
+
+
+def test_a_schedule_whose_options_fail_at_the_last_update_is_refused_at_the_first(folder):
+    for given in (
+        {"lr_scheduler_type": "polynomial", "warmup_steps": 2},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}},
+    ):
+        with pytest.raises(RecipeError, match="lr_scheduler_type=polynomial does not go with lr_scheduler_kwargs="):
+            train.main(recipe_with(folder, **given))
+        assert not list((folder / "run").glob("checkpoint-*"))

@@ -102,6 +102,14 @@ def test_after_a_mistake_the_right_command_goes_on_to_the_bit(run, whole):
     assert yaml.safe_load((run / "recipe.yaml").read_text())["max_steps"] == 6
 
 
+def test_a_run_that_its_first_update_would_end_leaves_its_folder_free(begun, tmp_path):
+    argv = [str(begun / "recipe.yaml"), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(RecipeError, match="optim=galore_adamw cannot be used here"):
+        main([*argv, "--optim", "galore_adamw"])
+    main(argv)
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
 def test_a_run_goes_on_wherever_its_folder_and_its_data_have_moved(begun, run, whole, tmp_path):
     data = tmp_path / "moved"
     data.mkdir()

@@ -28,6 +28,7 @@ from .inference_vanilla_transformer import (
 from .native_vanilla_transformer import NativeTransformer, why_not_compiled, why_not_searched
 from .program_vanilla_transformer import ProgramError, load, load_soon
 from .search_vanilla_transformer import Options, SearchJob, search_beams, search_rows
+from .validation_vanilla_transformer import checked_options
 
 
 logger = logging.get_logger(__name__)
@@ -141,6 +142,10 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             ValueError: an argument is wrong, or does not go with another one that only transformers' loops know; the
                 weights contain NaN or infinity; `compiled=True`, and the program cannot be had.
         """
+        given = {"inputs": inputs, "generation_config": generation_config, "ensemble": ensemble, "compiled": compiled}
+        given |= {"coverage_penalty": coverage_penalty, "required_phrases": required_phrases}
+        given |= {"forbidden_phrases": forbidden_phrases}
+        kwargs, ensemble = checked_options(self.generation_config, self.config, given, kwargs), ensemble or ()
         config, model_inputs = self._prepare_generation_config(generation_config, **_without_extras(kwargs))
         compute_type = _first(compute_type, getattr(config, "compute_type", None))
         compiled = _first(compiled, getattr(config, "compiled", None))

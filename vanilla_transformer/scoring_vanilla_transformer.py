@@ -23,6 +23,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .loss_vanilla_transformer import CHUNK, IGNORE_INDEX, decoder_inputs
+from .validation_vanilla_transformer import refuse_other_ids
 
 
 @dataclass
@@ -365,14 +366,8 @@ class VanillaTransformerScoringMixin(GenerationMixin):
                 f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}: "
                 "they must be the same"
             )
-        _check_ids("input_ids", input_ids, self.config.vocab_size)
-        _check_ids("labels", labels[labels != IGNORE_INDEX], self.config.decoder_vocab_size)
-
-
-def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(outside):
-        raise ValueError(f"{name} holds id {outside[0]}, outside the vocabulary: its ids are 0 to {vocab_size - 1}")
+        refuse_other_ids("input_ids", input_ids, self.config.vocab_size)
+        refuse_other_ids("labels", labels[labels != IGNORE_INDEX], self.config.decoder_vocab_size)
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:

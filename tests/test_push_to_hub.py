@@ -250,6 +250,7 @@ class TestPushing:
         assert weights.keys() == base.keys()
         assert any(not torch.equal(weights[name], base[name]) for name in base)
         assert f"trained further from `{trained.name}`" in files["README.md"].decode()
+        assert "base_model" not in files["README.md"].decode()  # a name that the Hub would take for one of its own
 
     def test_a_checkpoint_that_cannot_be_pushed_ends_no_run(self, trained, monkeypatch, caplog):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -202,6 +202,12 @@ def test_every_field_is_compared(begun, monkeypatch):
                 refuse_changes(changed)
 
 
+def test_an_option_that_did_nothing_and_is_refused_today_does_not_end_an_older_run(begun, run):
+    with (run / "recipe.yaml").open("a") as file:
+        file.write("per_device_eval_batch_size: 4\nsortish_sampler: true\n")
+    refuse_changes(parse_recipe([str(begun / "run" / "recipe.yaml"), "--output_dir", str(run), *LAST]))
+
+
 def test_what_may_change_are_fields():
     assert set(recipe_parser().hints) > MAY_CHANGE
 

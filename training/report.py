@@ -235,7 +235,8 @@ def model_card(
         library_name="transformers",
         pipeline_tag="translation" if all(languages) else "text2text-generation",
         tags=["vanilla_transformer", "translation" if all(languages) else "text2text-generation"],
-        base_model=base_model if base_model and not Path(base_model).exists() else None,
+        # A folder is named by its last part; a model of the Hub has its owner's name before it.
+        base_model=base_model if base_model and "/" in base_model and not Path(base_model).exists() else None,
         datasets=[data_name] if "/" in data_name and not Path(data_name).exists() else None,
         metrics=[result["type"] for result in results],
         model_name=name,

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .arguments import DataArguments, Recipe, RecipeError, read_recipe, recipe_of_run, recipe_parser
+from .arguments import REFUSED, DataArguments, Recipe, RecipeError, read_recipe, recipe_of_run, recipe_parser
 from .data import ENCODED, expand_path
 
 
@@ -39,7 +39,9 @@ LASTING = {
 }
 # And those of the call of the program, not of the run. Their changes are no news.
 PASSING = "output_dir resume_from_checkpoint ignore_data_skip check local_rank do_train do_eval do_predict"
-MAY_CHANGE = frozenset(" ".join([*LASTING.values(), PASSING]).split())
+# What does nothing in a run, and older runs may have been told, is refused where it is read.
+IDLE = (*REFUSED, "per_device_eval_batch_size")
+MAY_CHANGE = frozenset([*" ".join(LASTING.values()).split(), *PASSING.split(), *IDLE])
 
 
 def refuse_changes(recipe: Recipe) -> None:

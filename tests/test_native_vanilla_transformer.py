@@ -210,6 +210,19 @@ def test_an_ensemble_and_other_activations_are_decoded_without_it(lively_model, 
         assert torch.equal(chosen.generate(**source, **options, max_new_tokens=8, compiled=True), expected)
 
 
+@pytest.mark.parametrize("layers", [slice(None), slice(1)], ids=["everywhere", "in one layer"])
+def test_an_activation_that_the_config_does_not_name_is_computed(lively_model, source, layers):
+    """As it is tried out on a trained network."""
+    model = lively_model()
+    before = model.generate(**source, max_new_tokens=8, compiled=True)
+    for stack in (model.model.encoder, model.model.decoder):
+        for layer in stack.layers[layers]:
+            layer.activation_fn = torch.nn.Tanh()
+    expected = GenerationMixin.generate(model, **source, max_new_tokens=8)
+    assert expected.tolist() != before.tolist()
+    assert torch.equal(model.generate(**source, max_new_tokens=8, compiled=True), expected)
+
+
 def test_learned_positions_end_where_they_end(lively_model, padded):
     """With fewer positions than might be asked for, the search that says so when they are reached is taken."""
     model = lively_model(position_embedding_type="learned", max_position_embeddings=12)
@@ -252,8 +265,11 @@ def test_it_can_be_saved_with_the_model(lively_model, source, tmp_path, no_other
     ("options", "told"),
     [
         ({"compute_type": "bfloat16"}, "compiled=True: it computes in float32 or int8, not in bfloat16"),
-        ({"decoder_input_ids": torch.full((12, 2), 61)}, "decoder_input_ids holds the id 61; ids go from 0 to 60"),
-        ({"input_ids": torch.full((12, 2), -1)}, "input_ids holds the id -1; ids go from 0 to 60"),
+        (
+            {"decoder_input_ids": torch.full((12, 2), 61)},
+            "decoder_input_ids holds id 61, outside the vocabulary: its ids are 0 to 60",
+        ),
+        ({"input_ids": torch.full((12, 2), -1)}, "input_ids holds id -1, outside the vocabulary: its ids are 0 to 60"),
     ],
 )
 def test_wrong_arguments_are_errors(lively_model, source, options, told):

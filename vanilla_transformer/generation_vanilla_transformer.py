@@ -171,8 +171,8 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
         required = _checked_phrases("required_phrases", required_phrases, len(sentences), self.config)
         forbidden = _checked_phrases("forbidden_phrases", forbidden_phrases, len(sentences), self.config)
         if forbidden is not None:
-            given = kwargs.get("logits_processor") or []
-            kwargs["logits_processor"] = LogitsProcessorList([*given, ForbiddenPhrases(forbidden)])
+            processors = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([*processors, ForbiddenPhrases(forbidden)])
         if required is not None:
             _refuse_impossible_phrases(required, forbidden, config)
             options = options._replace(required=RequiredPhrases(required, config.num_beams))

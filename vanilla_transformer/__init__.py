@@ -14,7 +14,8 @@ from typing import Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS, PipelineRegistry
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
@@ -39,7 +40,9 @@ __version__ = "0.1.0"
 AutoConfig.register("vanilla_transformer", VanillaTransformerConfig)
 AutoModel.register(VanillaTransformerConfig, VanillaTransformerModel)
 AutoModelForSeq2SeqLM.register(VanillaTransformerConfig, VanillaTransformerForConditionalGeneration)
-AutoTokenizer.register(VanillaTransformerConfig, VanillaTransformerTokenizer)
+# For AutoTokenizer, by its name. AutoTokenizer.register() would make it the tokenizer of all our models, and a folder
+# that brings code for another would no longer be refused.
+REGISTERED_TOKENIZER_CLASSES["VanillaTransformerTokenizer"] = VanillaTransformerTokenizer
 
 # transformers 5 gave up its own translation pipeline, and refuses the name of its task before it looks for another.
 REMOVED_TASKS.pop("translation", None)

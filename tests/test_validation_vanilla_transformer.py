@@ -110,6 +110,14 @@ def test_none_asks_for_the_default(model, source, name, packed_engine):
         ({"forced_bos_token_id": 61}, "forced_bos_token_id holds id 61"),
         ({"length_penalty": 51}, "length_penalty=51 must be a number from -50 to 50"),
         ({"inputs": None}, "attention_mask is given without inputs"),
+        ({"required_phrases": [[["x"]], []]}, "required_phrases=.* must be a list for each sentence"),
+        ({"forbidden_phrases": [5, []]}, "forbidden_phrases=.* must be a list for each sentence"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"bad_words_ids": [5]}, "bad_words_ids"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id=.* must be a token id, or a list"),
+        ({"exponential_decay_length_penalty": (1,)}, "exponential_decay_length_penalty=.* must be a pair"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0 must be 1"),
+        ({"ensemble": [None]}, "ensemble=.* must be a list of models"),
     ],
 )
 def test_tensors_and_ids_out_of_range_are_refused(model, source, options, message):

@@ -256,7 +256,7 @@ class TranslationPipeline(Pipeline):
             if value is not None and (harmless is None or value != harmless):
                 raise ValueError(f"{name} {why}")
         preprocessing = {"split": split_sentences, "truncation": truncation}
-        own = {"batch_tokens": batch_tokens, "return_scores": return_scores}
+        own: dict[str, Any] = {"batch_tokens": batch_tokens, "return_scores": return_scores}
         decoding = {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
         refuse_wrong_values(
             OWN_OPTIONS, {"split_sentences": split_sentences, "truncation": truncation, **own, **decoding}

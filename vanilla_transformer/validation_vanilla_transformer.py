@@ -30,10 +30,24 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
 def _are_ids(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dtype in (torch.int32, torch.int64) and value.numel() > 0
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_whole, value))
+
+
+def _are_phrases(value: Any) -> bool:
+    """Lists of phrases; generate() says which phrase is none."""
+    lists = (list, tuple)
+    return isinstance(value, lists) and all(
+        isinstance(several, lists)
+        and all(all(map(_is_whole, phrase)) for phrase in several if isinstance(phrase, lists))
+        for several in value
+    )
 
 
 def _are_callable(value: Any) -> bool:
@@ -42,19 +56,19 @@ def _are_callable(value: Any) -> bool:
 
 WHOLE = Rule(_is_whole, "a whole number")
 FLAG = Rule(lambda value: isinstance(value, bool | Integral) and value in (0, 1), "True or False")
-FINITE = Rule(lambda value: isinstance(value, Real) and math.isfinite(value), "a finite number")
-POSITIVE = Rule(lambda value: isinstance(value, Real) and 0 < value < math.inf, "a finite number above 0")
-SHARE = Rule(lambda value: isinstance(value, Real) and 0 <= value <= 1, "a number from 0 to 1")
+FINITE = Rule(_is_number, "a finite number")
+POSITIVE = Rule(lambda value: _is_number(value) and value > 0, "a finite number above 0")
+SHARE = Rule(lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 # transformers' processors do not take 2 for 2.0.
-PENALTY = Rule(lambda value: value == 1 or (isinstance(value, float) and 0 < value < math.inf), "a float above 0")
+PENALTY = Rule(lambda value: value == 1 or (isinstance(value, float) and POSITIVE.holds(value)), "a float above 0")
 ONE_ID = whole_number(0)._replace(words="a token id")
 ONE_ID_OR_MORE = Rule(lambda value: _is_whole(value) or _are_ids(value), "a token id, or a list of token ids")
 IDS = Rule(_are_ids, "a list of token ids")
 LISTS_OF_IDS = Rule(
     lambda value: isinstance(value, list | tuple) and all(map(_are_ids, value)), "a list of lists of token ids"
 )
+PHRASES = Rule(_are_phrases, "a list for each sentence, of phrases, each a list of token ids")
 TENSOR = Rule(lambda value: isinstance(value, torch.Tensor), "a tensor")
-LIST = Rule(lambda value: isinstance(value, list | tuple), "a list")
 
 GENERATION_OPTIONS: dict[str, Rule] = {
     # inputs
@@ -68,10 +82,11 @@ GENERATION_OPTIONS: dict[str, Rule] = {
     "max_time": POSITIVE,
     "early_stopping": Rule(lambda value: value is True or value is False or value == "never", "a bool or 'never'"),
     # what changes scores
-    "temperature": Rule(lambda value: isinstance(value, Real) and 0 <= value < math.inf, "a finite number above 0"),
+    # 0 is often given where nothing is sampled. Where something is, transformers refuses it.
+    "temperature": Rule(lambda value: _is_number(value) and value >= 0, "a finite number above 0"),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), PENALTY),
     # Beyond, a length to this power is soon beyond what a float holds.
-    "length_penalty": Rule(lambda value: isinstance(value, Real) and abs(value) <= 50, "a number from -50 to 50"),
+    "length_penalty": Rule(lambda value: _is_number(value) and abs(value) <= 50, "a number from -50 to 50"),
     **dict.fromkeys(("diversity_penalty", "coverage_penalty"), FINITE),
     **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
     **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), whole_number(0)),
@@ -87,7 +102,7 @@ GENERATION_OPTIONS: dict[str, Rule] = {
     **dict.fromkeys(("eos_token_id", "decoder_start_token_id", "forced_eos_token_id"), ONE_ID_OR_MORE),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), IDS),
     "bad_words_ids": LISTS_OF_IDS,
-    **dict.fromkeys(("required_phrases", "forbidden_phrases"), LIST),
+    **dict.fromkeys(("required_phrases", "forbidden_phrases"), PHRASES),
     # what to do, and what to tell
     **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "compiled"), FLAG),
     **dict.fromkeys(("output_attentions", "output_scores", "output_logits", "return_dict_in_generate"), FLAG),
@@ -182,9 +197,9 @@ def refuse_other_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
     Raises:
         ValueError: an id has no row in the table that reads it.
     """
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.numel():
-        raise ValueError(_outside(name, outside.flatten()[0], vocab_size))
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        raise ValueError(_outside(name, ids[outside][0], vocab_size))
 
 
 def _outside(name: str, number: Any, vocab_size: int) -> str:

@@ -59,14 +59,12 @@ def main(argv: list[str]) -> None:
 
 def check(output: OutputArguments, options: "TokenizerArguments") -> None:
     """Raises UserError for what would be lost or ignored."""
-    from vanilla_transformer.training.arguments import LARGEST, UserError
+    from vanilla_transformer.training.arguments import UserError
     from vanilla_transformer.training.report import make_sure_of_folder
 
     make_sure_of_folder("output_dir", output.output_dir)
     if Path(output.output_dir, "tokenizer.json").exists():
         raise UserError(f"output_dir={output.output_dir} already holds a tokenizer: choose another, or delete it first")
-    if options.vocab_size >= LARGEST:
-        raise UserError(f"vocab_size={options.vocab_size} must be below {LARGEST}")
     if options.tokenizer:
         raise UserError(f"tokenizer={options.tokenizer} exists, and this program learns a new one: leave it out")
 

@@ -89,14 +89,10 @@ def refuse_impossible(arguments: argparse.Namespace, num_processes: int) -> None
     Raises:
         UserError: an option has no sense, or does not go with the others; or there is nowhere to read from or write to.
     """
-    from vanilla_transformer.training.arguments import LARGEST, UserError, check_numbers
+    from vanilla_transformer.training.arguments import UserError, check_numbers
     from vanilla_transformer.training.report import make_sure_of_file
 
     check_numbers(arguments, UserError)
-    for name in ("window", "n_best"):
-        value = getattr(arguments, name)
-        if value is not None and not 1 <= value < LARGEST:
-            raise UserError(f"{name}={value} must be at least 1, and below {LARGEST}")
     if arguments.output != "-":
         make_sure_of_file("output", arguments.output)
     if num_processes > 1 and (arguments.output == "-" or not os.path.isfile(arguments.input)):

@@ -40,7 +40,7 @@ def benchmark(argv: list[str]) -> None:
     options.command(options)
 
 
-# What each is told beside the option that is tried: each of these ends without an error.
+# Command lines that end without an error. The option that is tried is added to them.
 PROGRAMS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "translate": (script("translate"), "model --input a.txt --output out.txt --max_new_tokens 2"),
     "evaluate": (evaluate.main, "model --test_file a.txt a.txt --max_new_tokens 2"),

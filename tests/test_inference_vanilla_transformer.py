@@ -699,7 +699,7 @@ class Shy(VanillaTransformerForConditionalGeneration):
 
 
 class Forgetful(VanillaTransformerForConditionalGeneration):
-    """Its beams keep the cache of another beam: a method that older models have, and the base class has not."""
+    """It does not reorder the cache with the beams. Older models of transformers have this method; ours do not."""
 
     def _reorder_cache(self, past_key_values, beam_idx):
         return past_key_values

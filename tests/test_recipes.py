@@ -197,7 +197,8 @@ def test_every_limit_is_under_test():
     limited = {name for _, names in LIMITS.values() for name in names.split()}
     of_rows = {"max_train_samples", "max_eval_samples", "max_source_length", "max_target_length", "shuffle_buffer"}
     of_rows |= {"phrasebook_size"}
-    assert limited == {*WRONG_NUMBERS, *of_rows, "batch_tokens"}  # the last one is of the evaluation
+    # Of evaluation and translation: tests/test_translate.py and tests/test_command_lines.py try these.
+    assert limited == {*WRONG_NUMBERS, *of_rows, "batch_tokens", "window", "n_best"}
     for name in of_rows:
         with pytest.raises(DataError, match=f"^{name}=0 must be at least 1$"):
             load_pairs(DataArguments(dataset="phrasebook:en-de", **{name: 0}))

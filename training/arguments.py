@@ -84,7 +84,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         "gradient_accumulation_steps per_device_train_batch_tokens per_device_eval_batch_tokens "
         "per_device_train_batch_size per_device_eval_batch_size generation_num_beams average_checkpoints "
         "early_stopping_patience lora_rank num_beams max_new_tokens batch_tokens max_train_samples max_eval_samples "
-        "max_source_length max_target_length shuffle_buffer phrasebook_size eval_accumulation_steps "
+        "max_source_length max_target_length shuffle_buffer phrasebook_size window n_best eval_accumulation_steps "
         "torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
     ),
     "at least 2, the start of the target included": (lambda n: n >= 2, "generation_max_length"),

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token, run_as_future
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -35,6 +34,7 @@ from vanilla_transformer import (
 
 from .arguments import UserError, plain, read_recipe, recipe_parser
 from .evaluate import read_model
+from .options import as_yaml
 from .report import CardError, read_card
 
 
@@ -135,7 +135,7 @@ def stage(folder: Path, target: Path) -> None:
     if (folder / RECIPE).exists():
         recipe = read_recipe(str(folder / RECIPE), None, recipe_parser())
         shared = {name: plain(value) for name, value in public(recipe).items()}
-        (target / RECIPE).write_text(yaml.safe_dump(shared, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (target / RECIPE).write_text(as_yaml(shared), encoding="utf-8")
 
 
 def public(recipe: dict[str, Any]) -> dict[str, Any]:

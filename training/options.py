@@ -59,6 +59,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
+def as_yaml(fields: dict[str, Any]) -> str:
+    """The lines of a YAML file that `read_yaml` reads."""
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
 def true_or_false(text: str | bool) -> bool:
     """What transformers' parser takes for a truth, and YAML's on and off."""
     return string_to_bool({"on": True, "off": False}.get(str(text).lower(), text))

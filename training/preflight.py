@@ -95,7 +95,7 @@ class Run:
     @cached_property
     def data(self) -> dict[str, str]:
         """What is read, by split, in words."""
-        return fingerprint(self.recipe.data, self.rows)
+        return fingerprint(self.recipe.data, self.tables)
 
     @cached_property
     def tables(self) -> dict[str, pa.Table]:

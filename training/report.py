@@ -50,7 +50,7 @@ def make_sure_of_folder(option: str, path: str | Path) -> None:
     Raises:
         UserError: there cannot. The message names the option.
     """
-    with _refusing(option, path):
+    with refusing(option, path):
         str(path).encode()  # tokenizers would fail
         there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=there):
@@ -65,7 +65,7 @@ def make_sure_of_file(option: str, path: str | Path) -> None:
         UserError: it cannot. The message names the option.
     """
     path = Path(path)
-    with _refusing(option, path):
+    with refusing(option, path):
         if path.exists() and not path.is_file():
             raise UserError(f"{option}={path} is no file, and cannot be replaced by one")
         if not path.parent.is_dir():
@@ -83,7 +83,7 @@ def new_folder(option: str, path: str | Path) -> Iterator[Path]:
         UserError: `path` exists, or no folder can be made there. The message names the option.
     """
     beside = Path(f"{path}.part")
-    with _refusing(option, path):
+    with refusing(option, path):
         str(path).encode()  # tokenizers would fail
         if os.path.lexists(path):
             raise UserError(f"{option}={path} exists: choose another, or delete it first")
@@ -98,13 +98,19 @@ def new_folder(option: str, path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _refusing(option: str, path: str | Path) -> Iterator[None]:
+def refusing(option: str, path: str | Path, kind: type[UserError] = UserError) -> Iterator[None]:
+    """
+    Turns the file system's refusal to write into words.
+
+    Raises:
+        UserError: of that kind. The message names the option.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{option}={path} cannot be written into: {error.strerror}") from error
+        raise kind(f"{option}={path} cannot be written into: {error.strerror}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{option}={path} cannot be written into: its name is not UTF-8") from error
+        raise kind(f"{option}={path} cannot be written into: its name is not UTF-8") from error
 
 
 def to_disk(file: IO) -> None:

@@ -8,10 +8,9 @@ compared with the one that is told now, field by field; and the data by what was
 import logging
 import zlib
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
 
 from .arguments import REFUSED, DataArguments, Recipe, RecipeError, read_recipe, recipe_of_run, recipe_parser
 from .data import ENCODED, expand_path
@@ -82,12 +81,12 @@ def refuse_model_alone(checkpoint: Path) -> None:
         )
 
 
-def fingerprint(data: DataArguments, rows: dict[str, Any]) -> dict[str, str]:
+def fingerprint(data: DataArguments, tables: dict[str, pa.Table]) -> dict[str, str]:
     """
     What of the data decides a run, wherever it lies: by split, the number and the checksum of the rows of ids; of a
     stream, which nobody has read to its end, the names and sizes of the files.
     """
-    found = {split: _rows_in_words(table) for split, table in rows.items() if isinstance(table, Dataset)}
+    found = {split: _rows_in_words(table) for split, table in tables.items()}
     if data.streaming:
         paths = [expand_path(name, data.data_dir) for name in data.train_file or []]
         files = [f"{path.name} of {path.stat().st_size:,} bytes" for path in paths]
@@ -95,10 +94,10 @@ def fingerprint(data: DataArguments, rows: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _rows_in_words(rows: Dataset) -> str:
-    table, checksum = rows.with_format("arrow")[:], 0
+def _rows_in_words(table: pa.Table) -> str:
+    checksum = 0
     for name in ENCODED:
         column = table[name]
         for values in (pc.list_value_length(column), pc.list_flatten(column)):
             checksum = zlib.crc32(values.to_numpy().tobytes(), checksum)
-    return f"{len(rows):,} rows with the checksum {checksum:08x}"
+    return f"{len(table):,} rows with the checksum {checksum:08x}"

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -35,8 +34,9 @@ from .filters import FilterReport
 from .hub import HubError, public
 from .machine import machine
 from .memory import hold_memory
+from .options import as_yaml
 from .preflight import Run, check_inputs, check_plan, rehearse, require
-from .report import draw_loss_curve, model_card, write_beside
+from .report import draw_loss_curve, model_card, refusing, write_beside
 from .resuming import refuse_changes, refuse_model_alone
 from .streaming import VOCABULARY_ROWS, StreamedBatches, open_stream
 from .trainer import TranslationTrainer, callbacks, score_translations
@@ -119,7 +119,7 @@ class RecipeWriter(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """The checkpoint has been loaded, if there is one, and the first update comes."""
         if state.is_world_process_zero:
-            write_beside(Path(args.output_dir, "recipe.yaml"), as_yaml(self.recipe.given))
+            write_beside(Path(args.output_dir, "recipe.yaml"), lasting(self.recipe.given))
 
 
 def saved_model(args: TrainingArguments) -> PreTrainedModel:
@@ -138,12 +138,10 @@ def make_folder(args: TrainingArguments) -> None:
     Raises:
         RecipeError: there can be none.
     """
-    try:
+    with refusing("output_dir", args.output_dir, RecipeError):
         os.makedirs(args.output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir):
             pass
-    except OSError as error:
-        raise RecipeError(f"output_dir={args.output_dir} cannot be written into: {error.strerror}") from error
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -239,10 +237,9 @@ def learn_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBa
         raise RecipeError(str(error)) from error
 
 
-def as_yaml(given: dict[str, Any]) -> str:
-    """A recipe that repeats the run, with what the command line changed."""
-    lasting = {name: value for name, value in given.items() if name != "resume_from_checkpoint"}
-    return yaml.safe_dump(lasting, sort_keys=False, allow_unicode=True)
+def lasting(given: dict[str, Any]) -> str:
+    """A recipe that repeats the run, with what the command line changed, as YAML."""
+    return as_yaml({name: value for name, value in given.items() if name != "resume_from_checkpoint"})
 
 
 def prepare_rows(
@@ -396,7 +393,7 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
     names = {"hub_model_id": recipe.training.hub_model_id, "base_model": told.get("model")}
-    card = model_card(model, language_pair(recipe.data), metrics, as_yaml(told), str(folder), **names)
+    card = model_card(model, language_pair(recipe.data), metrics, lasting(told), str(folder), **names)
     write_beside(folder / "README.md", str(card))
     print(f"\n{split} set, {len(sources)} pairs\n{format_scores(scores)}\n")
     for source, translation, reference in list(zip(sources, translations, references, strict=True))[:SHOWN]:

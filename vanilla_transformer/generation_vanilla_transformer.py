@@ -142,10 +142,11 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             ValueError: an argument is wrong, or does not go with another one that only transformers' loops know; the
                 weights contain NaN or infinity; `compiled=True`, and the program cannot be had.
         """
-        given = {"inputs": inputs, "generation_config": generation_config, "ensemble": ensemble, "compiled": compiled}
-        given |= {"coverage_penalty": coverage_penalty, "required_phrases": required_phrases}
-        given |= {"forbidden_phrases": forbidden_phrases}
-        kwargs, ensemble = checked_options(self.generation_config, self.config, given, kwargs), ensemble or ()
+        kwargs = checked_options(
+            self, kwargs, inputs=inputs, generation_config=generation_config, ensemble=ensemble, compiled=compiled,
+            coverage_penalty=coverage_penalty, required_phrases=required_phrases, forbidden_phrases=forbidden_phrases,
+        )  # fmt: skip
+        ensemble = ensemble or ()
         config, model_inputs = self._prepare_generation_config(generation_config, **_without_extras(kwargs))
         compute_type = _first(compute_type, getattr(config, "compute_type", None))
         compiled = _first(compiled, getattr(config, "compiled", None))

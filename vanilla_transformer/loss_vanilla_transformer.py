@@ -1,7 +1,11 @@
-"""The training loss: cross-entropy with label smoothing (Vaswani et al., 2017, section 5.4)."""
+"""The training loss: cross-entropy with label smoothing (Vaswani et al., 2017, section 5.4).
+
+Beside it stand what the decoder reads in training, and what a model gives there.
+"""
 
 import torch
 from torch.nn import functional as F
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .operations_vanilla_transformer import linear, weight_gradient
 
@@ -174,3 +178,21 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         """Scales what the forward pass left, in place: a copy of the matrix's gradient would be the peak of memory."""
         scaled = (grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *scaled, None, None, None
+
+
+class OutputWithoutLogits(Seq2SeqLMOutput):
+    """What training gives. By number only the loss can be had: all others would stand in the place of the logits."""
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return self.loss if key == 0 else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        """
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "training with labels gives the loss without logits: give return_logits=True, or ask for outputs by name"
+        )

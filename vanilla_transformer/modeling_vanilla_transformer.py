@@ -34,7 +34,12 @@ from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
 from .inference_vanilla_transformer import is_unchanged, know
 from .loading_vanilla_transformer import GuardedLoading
-from .loss_vanilla_transformer import decoder_inputs, label_smoothed_cross_entropy, projected_cross_entropy
+from .loss_vanilla_transformer import (
+    OutputWithoutLogits,
+    decoder_inputs,
+    label_smoothed_cross_entropy,
+    projected_cross_entropy,
+)
 from .operations_vanilla_transformer import Dropout, Linear, cast_once, fast_dropout
 from .scoring_vanilla_transformer import VanillaTransformerScoringMixin
 
@@ -550,24 +555,6 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
-        )
-
-
-class OutputWithoutLogits(Seq2SeqLMOutput):
-    """What training gives. By number only the loss can be had: all others would stand in the place of the logits."""
-
-    def __getitem__(self, key):
-        if isinstance(key, str):
-            return super().__getitem__(key)
-        return self.loss if key == 0 else self.to_tuple()[key]
-
-    def to_tuple(self) -> tuple:
-        """
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "training with labels gives the loss without logits: give return_logits=True, or ask for outputs by name"
         )
 
 

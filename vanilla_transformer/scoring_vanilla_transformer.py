@@ -23,7 +23,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .loss_vanilla_transformer import CHUNK, IGNORE_INDEX, decoder_inputs
-from .validation_vanilla_transformer import refuse_other_ids
+from .validation_vanilla_transformer import refuse_other_ids, refuse_other_shape
 
 
 @dataclass
@@ -361,11 +361,8 @@ class VanillaTransformerScoringMixin(GenerationMixin):
                 f"input_ids has shape {list(input_ids.shape)} and labels {list(labels.shape)}: they must be [B, S] and "
                 "[B, T], a row for each sentence"
             )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}: "
-                "they must be the same"
-            )
+        if attention_mask is not None:
+            refuse_other_shape("attention_mask", attention_mask, "input_ids", input_ids)
         refuse_other_ids("input_ids", input_ids, self.config.vocab_size)
         refuse_other_ids("labels", labels[labels != IGNORE_INDEX], self.config.decoder_vocab_size)
 

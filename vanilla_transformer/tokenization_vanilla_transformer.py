@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENIZER_MODELS = ("bpe", "unigram")
+MOST_IDS = 2**31
 # What stood between a token that a user has added and the text beside it, by the kind of normaliser: nothing where the
 # text's own spaces are kept, and a space where words are told by white space.
 SEPARATORS = {normalizers.Prepend: "", type(None): " "}
@@ -87,12 +88,14 @@ def train_tokenizer(
         A tokenizer with pad 0, bos 1, eos 2, unk 3, to be saved by `save_pretrained`.
 
     Raises:
-        ValueError: `model` is unknown, `vocab_size` has no room for the bytes, or there is no text.
+        ValueError: `model` is unknown, `vocab_size` has no room for the bytes or is too large, or there is no text.
     """
     # With nothing to learn beyond the bytes, the unigram trainer overlooks the limit.
     smallest = len(SPECIAL_TOKENS) + len(BYTES) + (model == "unigram")
     if model not in TOKENIZER_MODELS:
         raise ValueError(f"tokenizer model={model!r} is unknown: choose one of {', '.join(TOKENIZER_MODELS)}")
+    if vocab_size >= MOST_IDS:
+        raise ValueError(f"vocab_size={vocab_size} must be below {MOST_IDS}: token ids have 32 bits")
     if vocab_size < smallest:
         raise ValueError(f"vocab_size={vocab_size} must be at least {smallest}, for 256 bytes and 4 special tokens")
 

@@ -137,17 +137,14 @@ def refuse_wrong_values(rules: Mapping[str, Rule], values: Mapping[str, Any]) ->
             raise ValueError(f"{name}={value!r} must be {rule.words}")
 
 
-def checked_options(
-    own: GenerationConfig, config: Any, given: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def checked_options(model: Any, options: Mapping[str, Any], **named: Any) -> dict[str, Any]:
     """
     Looks at the arguments of `generate()` and at what else counts.
 
     Args:
-        own: the model's generation config, which counts where the caller gives none.
-        config: the model's.
-        given: the arguments that `generate()` names.
-        options: the others.
+        model: its generation config counts where the caller gives none.
+        options: the arguments that `generate()` does not name.
+        named: those that it names.
 
     Returns:
         `options`, less a None that asks for a default and that transformers cannot bear.
@@ -155,9 +152,9 @@ def checked_options(
     Raises:
         ValueError: a value is of another type than its argument has, or out of its range.
     """
-    given = {**given, **options}
+    config, given = model.config, {**named, **options}
     refuse_wrong_values(GENERATION_OPTIONS, given)
-    saved = vars(given.get("generation_config") or own)
+    saved = vars(given.get("generation_config") or model.generation_config)
     refuse_wrong_values(GENERATION_OPTIONS, saved)
     for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         ids = given.get(name, saved.get(name))
@@ -188,7 +185,16 @@ def _refuse_odd_ids(
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"{name} must be whole numbers, [B, L], and has shape {list(ids.shape)} and dtype {ids.dtype}")
     refuse_other_ids(name, ids, vocab_size)
-    if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+    if mask is not None and mask.dim() == 2:
+        refuse_other_shape(mask_name, mask, name, ids)
+
+
+def refuse_other_shape(mask_name: str, mask: torch.Tensor, name: str, ids: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: the mask is not of these ids.
+    """
+    if mask.shape != ids.shape:
         raise ValueError(f"{mask_name} has shape {list(mask.shape)}, {name} {list(ids.shape)}: they must be the same")
 
 

@@ -97,7 +97,8 @@ def _refuse_damaged_files(folder: Path, config: dict[str, Any]) -> None:
                 raise ValueError(f"{path} has {entries} tokens, and config.json {SETTINGS[path.name]}={size}")
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            safe_open(path, "pt").__exit__(None, None, None)
+            with safe_open(path, "pt"):
+                pass
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 

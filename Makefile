@@ -3,15 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint conformance fuzz sanitize arm peers clean
+.PHONY: quickstart test lint help conformance fuzz sanitize arm peers clean
 
 # A Transformer learns the phrasebook, is saved, comes back in a new process, and translates.
 quickstart: .venv/installed
 	rm -rf runs/quickstart
-	$(BIN)/python -m vanilla_transformer.training.train quickstart.yaml
+	$(BIN)/vanilla-transformer train quickstart.yaml
 	@echo; echo "Reloaded from runs/quickstart in a new process:"
 	@printf '%s\n' 'Friday, March 13, 2026' '3 days ago' '1,234.50 euros' 'Norway, Peru, and Japan' > runs/quickstart/examples.txt
-	@$(BIN)/python scripts/translate.py runs/quickstart --input runs/quickstart/examples.txt | paste runs/quickstart/examples.txt -
+	@$(BIN)/vanilla-transformer translate runs/quickstart --input runs/quickstart/examples.txt | paste runs/quickstart/examples.txt -
 
 test: lint peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
@@ -20,6 +20,10 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# What `vanilla-transformer COMMAND --help` prints, from the options in the source.
+help: .venv/installed
+	$(BIN)/python -m vanilla_transformer_commands.ready_help
 
 # transformers' own tests on our classes; they come with its source distribution.
 conformance: .venv/installed

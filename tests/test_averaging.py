@@ -1,7 +1,6 @@
 """Means of weights: of checkpoints, by the script too, and over the updates of a run; and when a run stops early."""
 
 import math
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, UserError
+from vanilla_transformer.training.arguments import TrainingArguments
 from vanilla_transformer.training.averaging import AveragingError, last_checkpoints, load_average
+from vanilla_transformer.training.errors import RecipeError, UserError
 from vanilla_transformer.training.trainer import TranslationTrainer, callbacks, score_translations
+from vanilla_transformer_commands import average as average_command
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "average_checkpoints.py"
+COMMAND = [sys.executable, "-m", "vanilla_transformer_commands", "average"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def save_checkpoint(tiny_model, tokenizer, folder: Path, seed: int, **fields) ->
 
 
 def average(*argv) -> None:
-    runpy.run_path(str(SCRIPT))["main"](list(map(str, argv)))
+    average_command.main(list(map(str, argv)))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_the_mean_is_that_of_each_weight(fields, tiny_model, tokenizer, tmp_path
 
 def test_the_script_averages_the_last_checkpoints_of_a_run_into_a_model(run_folder, tmp_path):
     output = tmp_path / "mean"
-    command = [sys.executable, SCRIPT, run_folder, "--last", "2", "--output_dir", output]
+    command = [*COMMAND, run_folder, "--last", "2", "--output_dir", output]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in output.iterdir()} == {

@@ -1,16 +1,14 @@
-"""scripts/benchmark.py: what it prints and writes, and that both sides are measured doing the same work."""
+"""vanilla-transformer benchmark: what it prints and writes, and that both sides are measured doing the same work."""
 
 import gzip
 import importlib.util
 import json
 import math
 import random
-import runpy
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.inference_vanilla_transformer import is_native
-from vanilla_transformer.training.arguments import UserError
 from vanilla_transformer.training.batching import TokenBudgetBatches
 from vanilla_transformer.training.data import read_lines
+from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.machine import processor
+from vanilla_transformer.training.program import run_program
+from vanilla_transformer_commands import benchmark as BENCHMARK
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-BENCHMARK = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+COMMAND = [sys.executable, "-m", "vanilla_transformer_commands", "benchmark"]
 CPU = not torch.cuda.is_available()
 FILES = {"train": 40, "val": 5}
 BUDGET, VOCABULARY = 160, 280
@@ -65,7 +64,7 @@ def test_the_figures_of_a_run_agree_with_each_other_and_with_a_count(multi30k, l
     updates = math.lcm(ours, marian)
     assert ours > 1
 
-    command = [sys.executable, SCRIPT, "train", "--cells", "tiny", "--multi30k_dir", multi30k, "--output"]
+    command = [*COMMAND, "train", "--cells", "tiny", "--multi30k_dir", multi30k, "--output"]
     turns = ["--rounds", "2", "--updates", updates, "--warmup", updates, "--threads", "1"]
     run = subprocess.run(
         [str(word) for word in (*command, tmp_path / "out.json", *turns, *FIELDS)], capture_output=True, text=True
@@ -269,7 +268,7 @@ def test_the_figures_of_decoding_agree_with_each_other_and_every_output_has_the_
     names += ["Marian C++ float32"]
     options = ["--cells", "4x16", "--rounds", "2", "--threads", "1", "--output", tmp_path / "out.json"]
     sizes = [*FIELDS, "--encoder_attention_heads", "2", "--decoder_attention_heads", "2"]
-    command = [sys.executable, SCRIPT, "decode", "--contenders", *names, *options, *sizes]
+    command = [*COMMAND, "decode", "--contenders", *names, *options, *sizes]
     run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines()[0].startswith(f"1 thread of {processor()}; torch {torch.__version__}")
@@ -407,10 +406,9 @@ def test_a_mistake_ends_it_before_anything_is_measured(arguments, message, tmp_p
 
 def fails(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--threads", str(torch.get_num_threads())])
     # The variable is read when the command line is parsed.
     monkeypatch.delenv("MULTI30K_DIR", raising=False)
     with pytest.raises(SystemExit) as ended:
-        BENCHMARK.run()
+        run_program(BENCHMARK.main, [*arguments, "--threads", str(torch.get_num_threads())])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err

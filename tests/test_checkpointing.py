@@ -29,7 +29,7 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
-from vanilla_transformer.training.arguments import DataArguments, TrainingArguments, UserError
+from vanilla_transformer.training.arguments import DataArguments, TrainingArguments
 from vanilla_transformer.training.bpe_dropout import BpeDropoutRows
 from vanilla_transformer.training.checkpointing import (
     CheckpointError,
@@ -39,6 +39,7 @@ from vanilla_transformer.training.checkpointing import (
     settle,
 )
 from vanilla_transformer.training.data import tokenize_pairs
+from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.train import checkpoint_to_resume
 from vanilla_transformer.training.trainer import TranslationTrainer, callbacks
 

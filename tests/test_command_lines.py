@@ -2,11 +2,8 @@
 
 import argparse
 import os
-import runpy
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,44 +13,34 @@ from vanilla_transformer import train_tokenizer
 from vanilla_transformer.conversion.checkpoints import pack_tokenizer, word_tokenizer
 from vanilla_transformer.tokenization_vanilla_transformer import SPECIAL_TOKENS
 from vanilla_transformer.training import evaluate
-from vanilla_transformer.training.arguments import run_program
+from vanilla_transformer.training.program import run_program
+from vanilla_transformer_commands import average, benchmark, convert, export, tokenizer, translate
 
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXTS = ["3 days ago", "1,234.50 euros"]
 
 
-@cache
-def functions(name: str) -> dict[str, Any]:
-    return runpy.run_path(str(SCRIPTS / f"{name}.py"))
-
-
-def script(name: str) -> Callable[[list[str]], None]:
-    return lambda argv: functions(name)["main"](argv)
-
-
-def benchmark(argv: list[str]) -> None:
-    """To where it begins to measure."""
-    found = functions("benchmark")
-    options = found["parse_arguments"](argv)
-    found["compare_decoding"].__globals__["about_this_run"] = lambda *_: exit(0)
-    options.command(options)
+def measure(argv: list[str]) -> None:
+    """The benchmark, to where it begins to measure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "about_this_run", lambda *_: exit(0))
+        benchmark.main(argv)
 
 
 # Command lines that end without an error. The option that is tried is added to them.
 PROGRAMS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "translate": (script("translate"), "model --input a.txt --output out.txt --max_new_tokens 2"),
+    "translate": (translate.main, "model --input a.txt --output out.txt --max_new_tokens 2"),
     "evaluate": (evaluate.main, "model --test_file a.txt a.txt --max_new_tokens 2"),
-    "export": (script("export"), "model --format marian --output new"),
+    "export": (export.main, "model --format marian --output new"),
     "convert": (
-        script("convert_checkpoint"),
+        convert.main,
         "model.pt --format torch --output new --tokenizer words --heads 4 --prefix net. --positions pe "
         "--source_embedding src.weight --target_embedding tgt.weight --output_projection out.weight",
     ),
-    "average": (script("average_checkpoints"), "run --last 2 --output_dir new"),
-    "train_tokenizer": (script("train_tokenizer"), "--train_file a.txt a.txt --vocab_size 300 --output_dir new"),
-    "benchmark train": (benchmark, "train --cells base --vocab_size 300"),
-    "benchmark decode": (benchmark, "decode --cells 1x1 --vocab_size 300"),
+    "average": (average.main, "run --last 2 --output_dir new"),
+    "tokenizer": (tokenizer.main, "--train_file a.txt a.txt --vocab_size 300 --output_dir new"),
+    "benchmark train": (measure, "train --cells base --vocab_size 300"),
+    "benchmark decode": (measure, "decode --cells 1x1 --vocab_size 300"),
 }
 NUMBERS = ["0", "-1", "nan", "inf", "1.5", "1" + 30 * "0"]
 # What is right of these, or at least harmless.

@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 import shutil
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -14,6 +12,7 @@ from transformers import AutoTokenizer
 
 from vanilla_transformer.conversion.checkpoints import TARGET_ONLY
 from vanilla_transformer.conversion.eole import from_eole
+from vanilla_transformer_commands import convert, translate
 
 
 PAIRS = [
@@ -185,16 +184,12 @@ def test_ids_logits_and_greedy_output_stay(name, folders, tmp_path):
             assert tokenizer.decode(output, skip_special_tokens=True) == row["text"]
 
 
-def test_the_scripts_convert_and_translate(folders, tmp_path):
+def test_the_commands_convert_and_translate(folders, tmp_path):
     source, output, text = folders["sentencepiece"] / "model", tmp_path / "converted", tmp_path / "text.txt"
     text.write_text("\n".join(TEST) + "\n", encoding="utf-8")
-    run = {
-        name: runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{name}.py"))["main"]
-        for name in ("convert_checkpoint", "translate")
-    }
-    run["convert_checkpoint"]([str(source), "--format", "eole", "--output", str(output)])
+    convert.main([str(source), "--format", "eole", "--output", str(output)])
     options = ["--num_beams", "1", "--max_new_tokens", "12", "--output", str(tmp_path / "translated.txt")]
-    run["translate"]([str(output), "--input", str(text), *options])
+    translate.main([str(output), "--input", str(text), *options])
     rows = json.loads((source.parent / "references.json").read_text(encoding="utf-8"))["rows"]
     # What the searches find is compared above; here a special token within an output may show, or not.
     plain = [not {"<unk>", "<s>", "</s>", "<pad>", "<blank>"} & set(row["tokens"][:-1]) for row in rows]

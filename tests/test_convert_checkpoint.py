@@ -1,8 +1,7 @@
-"""scripts/convert_checkpoint.py: folders and files as the other libraries save them, translated before and after."""
+"""vanilla-transformer convert: folders and files as the other libraries save them, translated before and after."""
 
 import json
 import pickle
-import runpy
 import shutil
 import subprocess
 import sys
@@ -28,11 +27,13 @@ from transformers import (
 from vanilla_transformer.conversion.checkpoints import pack_tokenizer, word_tokenizer
 from vanilla_transformer.conversion.torch_transformer import from_torch_transformer
 from vanilla_transformer.tokenization_vanilla_transformer import SPECIAL_TOKENS
-from vanilla_transformer.training.arguments import UserError
+from vanilla_transformer.training.errors import UserError
+from vanilla_transformer_commands import convert as command
+from vanilla_transformer_commands import translate
 
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
+COMMAND = [sys.executable, "-m", "vanilla_transformer_commands", "convert"]
 ENGLISH = ["The cat sat on a mat.", "A dog ran to the house.", "The dog sat on the cat!", "A cat ran on and on."]
 GERMAN = ["Die Katze saß auf der Matte.", "Ein Hund lief zum Haus.", "Der Hund saß auf der Katze!", "Sie lief weiter."]
 SENTENCES = ["The house ran.", "A zebra sat on the mat!", "on"]
@@ -60,7 +61,7 @@ class Hostile:
 
 
 def convert(*arguments):
-    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    command.main([str(argument) for argument in arguments])
 
 
 def refused(*arguments) -> str:
@@ -175,8 +176,7 @@ def test_a_folder_of_transformers_translates_as_before(kind, request, tmp_path, 
 
     text = tmp_path / "text.txt"
     text.write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
-    translate = runpy.run_path(str(ROOT / "scripts" / "translate.py"))["main"]
-    translate([str(output), "--input", str(text), "--output", str(tmp_path / "translated.txt")])
+    translate.main([str(output), "--input", str(text), "--output", str(tmp_path / "translated.txt")])
     beams = models["ours"].generation_config.num_beams
     # Line by line: a batch of other lengths rounds otherwise.
     assert (tmp_path / "translated.txt").read_text(encoding="utf-8").splitlines() == texts["ours", beams][1]
@@ -389,10 +389,10 @@ def test_mistakes_on_the_command_line_end_with_one_line(opus, tokenizer, tmp_pat
 
 
 def test_help_lists_every_format_and_the_program_ends_with_one_line(tmp_path):
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    shown = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
     for word in ("marian", "fsmt", "joeynmt", "eole", "torch", "--source_embedding", "--norm_first"):
         assert word in shown.stdout
-    command = [sys.executable, SCRIPT, tmp_path / "none", "--format", "eole", "--output", tmp_path / "new"]
+    command = [*COMMAND, tmp_path / "none", "--format", "eole", "--output", tmp_path / "new"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_training import write_recipe
 from transformers import AutoModelForSeq2SeqLM
 
-from vanilla_transformer.training.arguments import RecipeError
+from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.train import main
 
 

@@ -12,6 +12,8 @@ import pytest
 import vanilla_transformer
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
 from vanilla_transformer.training.arguments import parse_recipe
+from vanilla_transformer_commands import ready_help
+from vanilla_transformer_commands.main import COMMANDS as COMMANDS_OF_PROGRAM
 
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +26,18 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
-TRAIN = [
-    line for line in COMMANDS if "vanilla_transformer.training.train " in line and "[" not in line and "..." not in line
-]
+TRAIN_PROGRAM = re.compile(r"(?:vanilla-transformer|-m vanilla_transformer_commands) train ")
+TRAIN = [line for line in COMMANDS if TRAIN_PROGRAM.search(line) and "[" not in line and "..." not in line]
 PROGRAMS = {
     "train": ["-m", "vanilla_transformer.training.train"],
     "evaluate": ["-m", "vanilla_transformer.training.evaluate"],
     "phrasebook": ["-m", "vanilla_transformer.training.phrasebook"],
     **{path.stem: [str(path)] for path in sorted((ROOT / "scripts").glob("*.py"))},
 }
+
+
+VANILLA = ["-m", "vanilla_transformer_commands"]
+COMMAND_NAMES = list(COMMANDS_OF_PROGRAM)
 
 
 @pytest.fixture
@@ -73,18 +78,17 @@ def test_each_training_command_of_the_documents_is_understood(line, saved_model,
     (saved_model / "runs" / "en-fr" / "recipe.yaml").write_text("dataset: phrasebook:en-fr\noutput_dir: runs/en-fr\n")
     (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
     (saved_model / "mine.yaml").write_text(recipe, encoding="utf-8")
-    words = shlex.split(line.split("vanilla_transformer.training.train ", 1)[1])
+    words = shlex.split(TRAIN_PROGRAM.split(line, maxsplit=1)[1])
     recipe = parse_recipe([word for word in words if word != "&&"])
     assert recipe.training.output_dir
     assert recipe.data.dataset or recipe.data.train_file
 
 
 def test_the_translate_command_of_the_readme_runs(saved_model):
-    (line,) = [line for line in COMMANDS if line.startswith("python scripts/translate.py runs/en-fr")]
+    (line,) = [line for line in COMMANDS if line.startswith("vanilla-transformer translate runs/en-fr")]
     (saved_model / "sentences.txt").write_text("3 days ago\n\n")
-    script, *words = shlex.split(line)[1:]
     result = subprocess.run(
-        [sys.executable, ROOT / script, *words, "--max_new_tokens", "3"],
+        [sys.executable, "-m", "vanilla_transformer_commands", *shlex.split(line)[1:], "--max_new_tokens", "3"],
         cwd=saved_model,
         capture_output=True,
         text=True,
@@ -103,8 +107,8 @@ def test_help_says_how_a_program_is_used(program):
 def test_the_tree_of_the_readme_names_every_module():
     tree = README.split("## The tree")[1]
     modules = [*(ROOT / "vanilla_transformer").glob("*_vanilla_transformer.py"), *(ROOT / "training").glob("*.py")]
-    modules += [*(ROOT / "scripts").glob("*.py")]
-    missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in tree]
+    modules += [*(ROOT / "scripts" / "vanilla_transformer_commands").glob("*.py")]
+    missing = [path.name for path in modules if not path.name.startswith("__") and path.name not in tree]
     assert not missing
 
 
@@ -149,18 +153,92 @@ def test_the_bare_package_needs_neither_the_training_extra_nor_the_tools():
     assert not loaded & {"datasets", "evaluate", "sacrebleu", "babel", "matplotlib", "vanilla_transformer.training"}
 
 
-def test_the_wheel_holds_everything_and_runs_without_the_repository(tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
-    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """What the wheel puts into an environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
+    subprocess.run(build, check=True, capture_output=True, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def from_wheel(site: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs Python away from the repository, with the wheel before what is installed."""
+    environment = {"PYTHONPATH": str(site), "PATH": "", "HOME": str(site.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    result = subprocess.run(command, env=environment, cwd=site.parent, capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+def test_the_wheel_holds_everything(site):
+    names = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     recipes = {f"vanilla_transformer/training/recipes/{path.name}" for path in (ROOT / "training/recipes").iterdir()}
     others = {"vanilla_transformer/model_cards/template.md", "vanilla_transformer/native_vanilla_transformer.cpp"}
-    assert recipes | others <= set(names)
-    assert not [name for name in names if name.startswith(("tests", "scripts", "docs"))]
+    assert recipes | others <= names
+    assert not [name for name in names if name.startswith(("tests", "scripts", "training", "docs"))]
+    (entry,) = site.glob("*.dist-info/entry_points.txt")
+    assert "vanilla-transformer = vanilla_transformer_commands.main:main" in entry.read_text()
 
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import vanilla_transformer.training.train as t; print(t.__file__)"
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout.startswith(str(tmp_path / "site")), result.stderr[-2000:]
+
+def test_the_commands_of_the_wheel_train_score_translate_show_and_export(site):
+    sizes = "--d_model 16 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 16 --decoder_ffn_dim 16"
+    recipe = f"quickstart.yaml --output_dir run --vocab_size 300 --phrasebook_size 2000 --max_eval_samples 5 {sizes}"
+    from_wheel(site, *VANILLA, "train", *shlex.split(recipe), "--max_steps", "2", "--warmup_steps", "1")
+    scores = from_wheel(site, *VANILLA, "evaluate", "run", "--dataset", "phrasebook:en-de", "--max_eval_samples", "3")
+    assert "run on 3 pairs of the test split" in scores.stdout
+    (site.parent / "in.txt").write_text("3 days ago\n")
+    assert from_wheel(site, *VANILLA, "translate", "run", "--input", "in.txt").stdout.count("\n") == 1
+    shown = from_wheel(site, *VANILLA, "info", "run").stdout
+    assert re.search(r"^layers +1 \+ 1$", shown, re.MULTILINE)
+    assert re.search(r"^engine, int8 +(compiled|packed)", shown, re.MULTILINE)
+    from_wheel(site, *VANILLA, "export", "run", "--format", "marian", "--output", "marian")
+    assert (site.parent / "marian" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", COMMAND_NAMES)
+def test_help_of_a_command_needs_no_library(name, site):
+    """Without torch and transformers it answers in a fraction of a second."""
+    code = "import sys, vanilla_transformer_commands.main as m; sys.argv[1:] = [{!r}, '--help']\n"
+    code += "try: m.main()\nexcept SystemExit as end: assert not end.code\nprint(*sys.modules)"
+    *shown, loaded = from_wheel(site, "-c", code.format(name)).stdout.splitlines()
+    assert shown[0].startswith(f"usage: vanilla-transformer {name} ")
+    assert not {"torch", "transformers", "numpy", "yaml"} & set(loaded.split())
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS_OF_PROGRAM.items() if command.ready_help])
+def test_the_help_that_lies_ready_is_that_of_the_parser(name, monkeypatch):
+    """`make help` writes it."""
+    monkeypatch.setattr(sys, "argv", [""])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert (ready_help.FOLDER / f"{name}.txt").read_text(encoding="utf-8") == ready_help.text(name)
+
+
+def test_the_program_lists_its_commands_and_refuses_others(site):
+    assert from_wheel(site, *VANILLA).stdout == from_wheel(site, *VANILLA, "--help").stdout
+    refused = from_wheel(site, *VANILLA, "trian", check=False)
+    assert (refused.returncode, refused.stderr) == (2, "error: there is no command 'trian': did you mean train?\n")
+    refused = from_wheel(site, *VANILLA, "translate", "run", "--bams", "3", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: unrecognized arguments: --bams 3 (`vanilla-transformer translate --help` lists the options)\n"
+    )
+
+
+def test_a_shell_completes_commands_and_options():
+    script = subprocess.run(
+        [sys.executable, *VANILLA, "completion", "bash"], capture_output=True, text=True, check=True
+    )
+    ask = "COMP_WORDS=({words}); COMP_CWORD={last}; {function}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    (function,) = re.findall(r"^complete .* -F (\w+)", script.stdout, re.MULTILINE)
+
+    def completed(*words: str) -> list[str]:
+        question = ask.format(words=" ".join(words), last=len(words) - 1, function=function)
+        shell = subprocess.run(["bash", "-c", f"{script.stdout}\n{question}"], capture_output=True, text=True)
+        return shell.stdout.split()
+
+    assert completed("vanilla-transformer", "tr") == ["train", "translate"]
+    assert completed("vanilla-transformer", "train", "--label_sm") == ["--label_smoothing"]
+    assert completed("vanilla-transformer", "export", "--format", "on") == ["onnx"]

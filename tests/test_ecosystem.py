@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments
+from vanilla_transformer.training.arguments import TrainingArguments
+from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.metrics import TranslationMetrics
 
 

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import UserError
+from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.evaluate import main, translate
 
 

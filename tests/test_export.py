@@ -1,7 +1,6 @@
-"""scripts/export.py, and the examples that docs/interoperability.md has for what it writes."""
+"""vanilla-transformer export, and the examples that docs/interoperability.md has for what it writes."""
 
 import ast
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -13,16 +12,14 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
-from vanilla_transformer.training.arguments import run_program
+from vanilla_transformer.training.program import run_program
+from vanilla_transformer_commands import export as SCRIPT
 
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("export_script", ROOT / "scripts" / "export.py")
-SCRIPT = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(SCRIPT)
 DOCUMENT = (ROOT / "docs" / "interoperability.md").read_text(encoding="utf-8")
 (SECTION,) = re.findall(r"\n## To other runtimes\n(.*?)\n## ", DOCUMENT, re.DOTALL)
-COMMANDS = re.findall(r"^python scripts/export.py (.*)", SECTION, re.MULTILINE)
+COMMANDS = re.findall(r"^vanilla-transformer export (.*)", SECTION, re.MULTILINE)
 EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 TEXTS = ["3 days ago", "1,234.50 euros"]
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({modules}))\n"

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import struct
 import subprocess
@@ -18,15 +17,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_training import ROOT, make_trainer, uneven_rows
+from test_training import make_trainer, uneven_rows
 from transformers import AutoModelForSeq2SeqLM, BertConfig, pipeline
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
 from vanilla_transformer.training import evaluate, train
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, UserError, run_program
+from vanilla_transformer.training.arguments import TrainingArguments
 from vanilla_transformer.training.checkpointing import CheckpointError, damage, seal
+from vanilla_transformer.training.errors import RecipeError, UserError
 from vanilla_transformer.training.evaluate import load_model
+from vanilla_transformer.training.program import run_program
 from vanilla_transformer.training.train import checkpoint_to_resume
+from vanilla_transformer_commands import average
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -341,12 +343,8 @@ def test_the_pipeline_refuses_the_tokenizer_of_another_model(folder, marker):
         pipeline("translation", model=str(folder))
 
 
-def script(name: str) -> Callable[[list[str]], None]:
-    return lambda argv: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"](argv)
-
-
 PROGRAMS = {
-    "average": (script("average_checkpoints"), ["MODEL", "MODEL", "--output_dir", "mean"]),
+    "average": (average.main, ["MODEL", "MODEL", "--output_dir", "mean"]),
     "evaluate": (evaluate.main, ["MODEL", "--test_file", "a.txt", "a.txt"]),
     "train": (train.main, ["--output_dir", "run", "--model", "MODEL", "--train_file", "a.txt", "a.txt"]),
     "tokenizer": (train.main, ["--output_dir", "run", "--tokenizer", "MODEL", "--train_file", "a.txt", "a.txt"]),
@@ -375,7 +373,7 @@ def test_a_program_ends_with_one_line_and_asks_nothing(program, argv, folder_wit
 
 def test_a_yes_among_the_sentences_trusts_no_code(folder_with_code):
     """transformers reads its answer from the standard input, on which sentences come."""
-    command = [sys.executable, str(ROOT / "scripts" / "translate.py"), str(folder_with_code)]
+    command = [sys.executable, "-m", "vanilla_transformer_commands", "translate", str(folder_with_code)]
     result = subprocess.run(command, input="y\ny\n", capture_output=True, text=True)
     assert result.returncode == 2, result.stderr[-2000:]
     assert "Traceback" not in result.stderr

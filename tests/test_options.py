@@ -23,17 +23,16 @@ from transformers import set_seed
 from vanilla_transformer.training import train
 from vanilla_transformer.training.arguments import (
     REFUSED,
-    REFUSED_BY_SYSTEM,
     DataArguments,
-    RecipeError,
     TokenizerArguments,
-    UserError,
     parse_recipe,
-    plain,
     read_recipe,
     recipe_parser,
 )
+from vanilla_transformer.training.errors import RecipeError, UserError
+from vanilla_transformer.training.options import plain
 from vanilla_transformer.training.preflight import check_inputs, check_plan, require
+from vanilla_transformer.training.program import REFUSED_BY_SYSTEM
 
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

@@ -22,7 +22,8 @@ from vanilla_transformer import train_tokenizer
 from vanilla_transformer.inference_vanilla_transformer import inspect_model
 from vanilla_transformer.loss_vanilla_transformer import label_smoothed_cross_entropy
 from vanilla_transformer.training.adapters import add_adapters
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, parse_recipe
+from vanilla_transformer.training.arguments import TrainingArguments, parse_recipe
+from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.evaluate import load_model, score_texts, translate
 from vanilla_transformer.training.train import build_model, main
 from vanilla_transformer.training.trainer import TranslationTrainer

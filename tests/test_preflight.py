@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer.training import preflight
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments, parse_recipe
+from vanilla_transformer.training.arguments import TrainingArguments, parse_recipe
 from vanilla_transformer.training.data import load_pairs, tokenize_pairs
+from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.phrasebook import load_phrasebook
 from vanilla_transformer.training.preflight import PreflightError, Run, check_inputs, check_memory, check_plan, measure
 from vanilla_transformer.training.train import build_model, build_trainer, learn_tokenizer, main

@@ -2,17 +2,21 @@
 
 import errno
 import os
-import runpy
+import re
 import subprocess
 import sys
+import tomllib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from vanilla_transformer.training import evaluate
-from vanilla_transformer.training.arguments import UserError, run_program
+from vanilla_transformer.training.errors import UserError
+from vanilla_transformer.training.program import EXTRAS, run_program
 from vanilla_transformer.training.report import new_folder
+from vanilla_transformer_commands import average, benchmark, convert, export, tokenizer, translate
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 DRIVER = """
 import os, sys
 from tqdm import tqdm
-from vanilla_transformer.training.arguments import UserError, run_program
+from vanilla_transformer.training.errors import UserError
+from vanilla_transformer.training.program import EXTRAS, run_program
 
 def unread(descriptor):
     read, write = os.pipe()
@@ -66,12 +71,6 @@ CASES = {
     ),
     "a reader who has left before the end": Case("unread(1)", "print('a line')", 141),
     "a reader of errors who has left": Case("unread(2)", "while True: print('a line', file=sys.stderr)", 141),
-    "another pipe": Case(
-        "sys.excepthook = lambda kind, *_: print(kind.__name__)",
-        "unread(5); os.write(5, b'x')",
-        1,
-        b"BrokenPipeError\n",
-    ),
     "Ctrl-C": Case("", "raise KeyboardInterrupt", 130, errors=b"\ninterrupted\n"),
     "closed input": Case("closed('stdin')", "assert sys.__stdin__ is None; print(repr(sys.stdin.read()))", 0, b"''\n"),
     "closed output": Case(
@@ -129,33 +128,78 @@ def test_what_the_file_system_refuses_is_one_line(number, capsys):
     assert capsys.readouterr().err == f"error: [Errno {number}] {os.strerror(number)}: 'a/place'\n"
 
 
-def test_a_fault_of_the_program_s_own_has_its_traceback():
+def fails(argv):
+    raise KeyError("beta1")
+
+
+def test_a_pipe_that_is_not_a_standard_stream_is_a_fault_like_others(capsys):
     def main(argv):
-        raise OSError(errno.EBADF, "Bad file descriptor")
+        read, write = os.pipe()
+        os.close(read)
+        os.write(write, b"x")
 
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(SystemExit) as ended:
         run_program(main, [])
+    assert ended.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: BrokenPipeError: ")
+    Path(line.split()[-1].rstrip(")")).unlink()
 
 
-def script(name: str):
-    return lambda argv: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"](argv)
+def refuses(argv):
+    raise UserError(argv)
 
 
-def benchmark(argv: list[str]) -> None:
-    functions = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
-    options = functions["parse_arguments"](argv)
-    options.command(options)
+def test_a_fault_of_the_program_is_one_line_and_its_traceback_is_kept(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_program(fails, [])
+    assert ended.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: KeyError: 'beta1' (a fault of the program; its traceback is in ")
+    assert line.count("\n") == 1
+    kept = Path(line.split()[-1].rstrip(")"))
+    assert 'raise KeyError("beta1")' in kept.read_text()
+    kept.unlink()
+
+
+def test_verbose_shows_the_traceback_and_is_no_word_of_the_program():
+    with pytest.raises(KeyError, match="beta1"):
+        run_program(fails, ["--verbose"])
+    with pytest.raises(UserError, match=r"\['a', 'b'\]"):
+        run_program(refuses, ["a", "--verbose", "b"])
+
+
+def imports(argv, name):
+    raise ModuleNotFoundError(name=name)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(extra, capsys):
+    for package in EXTRAS[extra]:
+        with pytest.raises(SystemExit) as ended:
+            run_program(partial(imports, name=f"{package}.part"), [])
+        assert ended.value.code == 2
+        expected = f"error: the package {package} is not installed: pip install 'vanilla-transformer[{extra}]'\n"
+        assert capsys.readouterr().err == expected
+
+
+def test_the_packages_of_each_extra_are_those_of_pyproject():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    imported = {"Babel": "babel", "PyYAML": "yaml", "protobuf": "google"}
+    for extra, packages in EXTRAS.items():
+        names = [re.match(r"[\w-]+", line)[0] for line in extras[extra] if not line.startswith("vanilla-transformer")]
+        assert packages == tuple(imported.get(name, name) for name in names)
 
 
 # What each program is told, OUTPUT last; there is no model of this name, and no checkpoint.
 WRITERS = {
-    "translate": (script("translate"), ["nowhere", "--input", "a.txt", "--output"]),
+    "translate": (translate.main, ["nowhere", "--input", "a.txt", "--output"]),
     "evaluate": (evaluate.main, ["nowhere", "--test_file", "a.txt", "a.txt", "--output_file"]),
-    "export": (script("export"), ["nowhere", "--format", "marian", "--output"]),
-    "convert": (script("convert_checkpoint"), ["a.txt", "--format", "torch", "--output"]),
-    "average": (script("average_checkpoints"), ["MODEL", "--output_dir"]),
-    "train_tokenizer": (script("train_tokenizer"), ["--train_file", "nowhere", "nowhere", "--output_dir"]),
-    "benchmark": (benchmark, ["train", "--cells", "base", "--output"]),
+    "export": (export.main, ["nowhere", "--format", "marian", "--output"]),
+    "convert": (convert.main, ["a.txt", "--format", "torch", "--output"]),
+    "average": (average.main, ["MODEL", "--output_dir"]),
+    "tokenizer": (tokenizer.main, ["--train_file", "nowhere", "nowhere", "--output_dir"]),
+    "benchmark": (benchmark.main, ["train", "--cells", "base", "--output"]),
 }
 PLACES = {
     "below a file": "a.txt/new",

@@ -1,4 +1,4 @@
-"""scripts/push_to_hub.py and `push_to_hub: true`: over HTTP to a small Hub, and back, with the package and without."""
+"""The command push and `push_to_hub: true`: over HTTP to a small Hub, and back, with the package and without."""
 
 import json
 import re
@@ -16,7 +16,8 @@ from huggingface_hub import constants
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from vanilla_transformer.training.arguments import RecipeError, TrainingArguments
+from vanilla_transformer.training.arguments import TrainingArguments
+from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.evaluate import translate
 from vanilla_transformer.training.hub import HubError, public, push_checkpoint, push_run, stage
 
@@ -57,12 +58,11 @@ DOCUMENTS = {"README.md", "metrics.json", "loss_curve.png", "recipe.yaml"}
 EXAMPLES = ["3 days ago", "Friday, March 13, 2026", "1,234.50 euros", "12 hours", "Norway, Peru, and Japan"]
 
 PUSH = """
-import runpy, sys
-sys.argv = [script, *argv]
-runpy.run_path(script, run_name="__main__")
+from vanilla_transformer_commands.main import run
+run("push", argv)
 """
 TRAIN = """
-from vanilla_transformer.training.arguments import run_program
+from vanilla_transformer.training.program import run_program
 from vanilla_transformer.training.train import main
 run_program(main, argv)
 """
@@ -132,17 +132,17 @@ def trained(hub, client, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def push(client):
-    """Runs the script, as the command line does."""
+    """Runs the command, as the command line does."""
 
     def run(*argv, token=OWNER) -> str:
-        return client.run(PUSH, token, script=str(ROOT / "scripts" / "push_to_hub.py"), argv=list(map(str, argv)))
+        return client.run(PUSH, token, argv=list(map(str, argv)))
 
     return run
 
 
 @pytest.fixture(scope="module")
 def pushed(trained, push, hub) -> str:
-    """The name of a repository that the script has made."""
+    """The name of a repository that the command has made."""
     said = push(trained, "NAME/mine")
     assert f"{trained} is at {hub.url}/NAME/mine, revision {hub.history('NAME/mine')[0].sha}" in said
     return "NAME/mine"
@@ -213,16 +213,16 @@ class TestPushing:
         assert shown.encode() == texts["recipe.yaml"]
         assert b"warmup_steps: 30\n" in texts["recipe.yaml"]  # as it was told, and not 30.0
 
-    def test_a_run_pushes_its_checkpoints_without_pickles_and_then_what_the_script_pushes(self, trained, pushed, hub):
+    def test_a_run_pushes_its_checkpoints_without_pickles_and_then_what_the_command_pushes(self, trained, pushed, hub):
         history = hub.history("NAME/trained")
         titles = ["End of training", "Training in progress, update 200", "Training in progress, update 100"]
         assert [commit.title for commit in history] == [*titles, "initial commit"]
         for commit in history[1:3]:
             assert set(commit.files) == MODEL | CODE | {".gitattributes"}
-        own, script = hub.files("NAME/trained"), hub.files(pushed)
+        own, later = hub.files("NAME/trained"), hub.files(pushed)
         own["README.md"] = own["README.md"].replace(b"NAME/trained", b"NAME/mine")
-        script["README.md"] = script["README.md"].replace(b"NAME/trained", b"NAME/mine")
-        assert own == script
+        later["README.md"] = later["README.md"].replace(b"NAME/trained", b"NAME/mine")
+        assert own == later
         middle = load(hub.files("NAME/trained", history[2].sha)["model.safetensors"])
         stored = load_file(trained / "checkpoint-100" / "model.safetensors")
         assert all(torch.equal(middle[name], stored[name]) for name in stored)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from test_training import write_recipe
 
 from vanilla_transformer.training import resuming
-from vanilla_transformer.training.arguments import RecipeError, UserError, parse_recipe, recipe_parser
+from vanilla_transformer.training.arguments import parse_recipe, recipe_parser
 from vanilla_transformer.training.checkpointing import DATA_NAME, damage
+from vanilla_transformer.training.errors import RecipeError, UserError
 from vanilla_transformer.training.preflight import PreflightError
 from vanilla_transformer.training.resuming import MAY_CHANGE, fingerprint, refuse_changes
 from vanilla_transformer.training.train import main, prepare

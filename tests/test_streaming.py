@@ -18,8 +18,9 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForSeq2Seq
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import DataArguments, RecipeError, TrainingArguments, parse_recipe
+from vanilla_transformer.training.arguments import DataArguments, TrainingArguments, parse_recipe
 from vanilla_transformer.training.data import DataError, load_pairs
+from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.streaming import StreamedBatches, open_stream
 from vanilla_transformer.training.trainer import TranslationTrainer
 

@@ -68,7 +68,7 @@ def test_a_program_fits_its_threads():
     program = """
 import torch
 from vanilla_transformer.training import threads
-from vanilla_transformer.training.arguments import run_program
+from vanilla_transformer.training.program import run_program
 threads.cpu_quota = lambda: 0.5
 run_program(lambda _: print(torch.get_num_threads()), [])
 """

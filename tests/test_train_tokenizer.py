@@ -1,6 +1,5 @@
-"""scripts/train_tokenizer.py, run as its users run it."""
+"""vanilla-transformer tokenizer, run as its users run it."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,25 +7,26 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from vanilla_transformer.training.arguments import run_program
+from vanilla_transformer.training.program import run_program
+from vanilla_transformer_commands import tokenizer
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tokenizer.py"
 PHRASEBOOK = ["--dataset", "phrasebook:en-de", "--phrasebook_size", "500", "--vocab_size", "400"]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "vanilla_transformer_commands", "tokenizer"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_it_saves_a_tokenizer_once(tmp_path):
     first = run(*PHRASEBOOK, "--output_dir", tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith(f"400 subwords from 500 pairs, saved in {tmp_path}\n")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer) == 400
-    ids = tokenizer("March 7, 2023")["input_ids"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "March 7, 2023"
+    learned = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(learned) == 400
+    ids = learned("March 7, 2023")["input_ids"]
+    assert learned.decode(ids, skip_special_tokens=True) == "March 7, 2023"
 
     second = run(*PHRASEBOOK, "--output_dir", tmp_path)
     assert second.returncode == 2
@@ -52,9 +52,8 @@ def test_help_lists_every_field():
     ],
 )
 def test_a_mistake_ends_it_with_one_line(arguments, message, tmp_path, capsys):
-    main = runpy.run_path(str(SCRIPT))["main"]
     with pytest.raises(SystemExit) as ended:
-        run_program(main, [*arguments, "--output_dir", str(tmp_path / "new")])
+        run_program(tokenizer.main, [*arguments, "--output_dir", str(tmp_path / "new")])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(message)

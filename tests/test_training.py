@@ -26,6 +26,7 @@ from vanilla_transformer.training.trainer import TranslationTrainer
 
 
 ROOT = Path(__file__).parents[1]
+TRANSLATE = [sys.executable, "-m", "vanilla_transformer_commands", "translate"]
 RECIPE = """
 train_file: [{data}/train.en, {data}/train.de]
 validation_file: [{data}/valid.jsonl]
@@ -190,8 +191,14 @@ def test_evaluate_and_translate_agree_with_the_run(finished, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text()) == metrics["scores"]
 
     (tmp_path / "in.txt").write_text("red dog\n\nblue house\n")
-    script = ROOT / "scripts" / "translate.py"
-    run(sys.executable, script, folder, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt")
+    run(
+        *TRANSLATE,
+        folder,
+        "--input",
+        tmp_path / "in.txt",
+        "--output",
+        tmp_path / "out.txt",
+    )
     lines = (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")
     assert len(lines) == 4
     assert lines[1] == lines[3] == ""
@@ -234,8 +241,13 @@ def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    script = ROOT / "scripts" / "translate.py"
-    result = run(sys.executable, script, tmp_path, "--input", folder.parent / "train.en", check=False)
+    result = run(
+        *TRANSLATE,
+        tmp_path,
+        "--input",
+        folder.parent / "train.en",
+        check=False,
+    )
     assert result.returncode == 2
     assert str(tmp_path) in result.stderr.splitlines()[-1] or "cannot load the model" in result.stderr
     assert "Traceback" not in result.stderr

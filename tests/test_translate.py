@@ -1,13 +1,13 @@
-"""scripts/translate.py: every line once and in its place, whatever the windows, the processes and the kills."""
+"""The command translate: every line once and in its place, whatever the windows, the processes and the kills."""
 
 import fcntl
-import importlib.util
 import io
 import json
 import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -24,14 +24,13 @@ from compilers import needs_compiler
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianConfig, MarianMTModel
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
-from vanilla_transformer.training.arguments import UserError, run_program
+from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.evaluate import encode, translate_rows
+from vanilla_transformer.training.program import run_program
+from vanilla_transformer_commands import translate as SCRIPT
 
 
-PATH = Path(__file__).parents[1] / "scripts" / "translate.py"
-SPEC = importlib.util.spec_from_file_location("translate_script", PATH)
-SCRIPT = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(SCRIPT)
+PROGRAM = [sys.executable, "-m", "vanilla_transformer_commands", "translate"]
 # Forks of a process that has everything imported and computes nothing: OpenMP's threads are not forked with it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vanilla_transformer.training.evaluate", "accelerate", "pytest", "hypothesis"])
@@ -166,7 +165,7 @@ def test_standard_input_and_output_are_read_and_written_in_any_locale(folder, tm
     lines = ["mén dor", "", "kis"]
     SCRIPT.main(command(folder, tmp_path, lines, *OPTIONS))
     environment = {**os.environ, "LC_ALL": "C", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    program = [sys.executable, PATH, folder, *OPTIONS, "--window", "2"]
+    program = [*PROGRAM, folder, *OPTIONS, "--window", "2"]
     result = subprocess.run(program, input="\n".join(lines).encode(), capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == (tmp_path / "out.txt").read_bytes()
@@ -507,7 +506,7 @@ def test_ctrl_c_is_one_line_and_what_was_done_is_kept(folder, tmp_path, monkeypa
 
 def test_head_takes_a_line_and_the_rest_is_silence(folder, tmp_path):
     source = write(tmp_path / "in.txt", make_lines(2) * 2000)
-    words = f"'{sys.executable}' '{PATH}' '{folder}' --input '{source}' --window 2 --max_new_tokens 3 | head -1"
+    words = f"{shlex.join(PROGRAM)} '{folder}' --input '{source}' --window 2 --max_new_tokens 3 | head -1"
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     run = subprocess.run(["bash", "-c", f"set -o pipefail; {words}"], env=environment, capture_output=True)
     assert run.returncode == 141

@@ -3,32 +3,28 @@
 import argparse
 import dataclasses
 import difflib
-import errno
-import io
 import json
 import logging
 import math
 import os
-import select
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import sacrebleu
 import torch
 from accelerate.utils import DynamoBackend
-from huggingface_hub.errors import StrictDataclassError
 from transformers import Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 
+from vanilla_transformer import VanillaTransformerConfig
 from vanilla_transformer.inference_vanilla_transformer import is_native
 
-from .options import OptionParser, RecipeError, UserError, read_yaml, true_or_false, truth_or_text
-from .threads import fit_threads
+from .errors import RecipeError, UserError
+from .options import OptionParser, plain, read_yaml, true_or_false, truth_or_text
 
 
 logger = logging.getLogger(__name__)
@@ -64,11 +60,6 @@ REFUSED = {
 JSON_FILES = ("fsdp_config", "deepspeed")
 # What activation_checkpointing_kwargs may say: others would be refused by torch at the first update.
 CHECKPOINTING = {"every_n_layers": range(1, 1000), "offload": (True, False), "use_reentrant": (True, False)}
-
-# What a file system refuses, for no fault of the program.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED_BY_SYSTEM = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-
 
 # What numbers must be: in words, and the fields. Beyond that the Trainer, its optimizer or numpy would fail without the
 # field's name, after the data has been read or the model been trained.
@@ -361,7 +352,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         check_numbers(self)
-        for option in dataclasses.fields(self):
+        for option in fields(self):
             default = option.default_factory() if callable(option.default_factory) else option.default
             if option.name in REFUSED and (value := getattr(self, option.name)) != default:
                 raise RecipeError(f"{option.name}={value} {REFUSED[option.name]}")
@@ -535,75 +526,26 @@ class Recipe(NamedTuple):
     given: dict[str, Any]
 
 
-def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """
-    Runs a program as people at a shell expect it to end.
-
-    What its user got wrong, and what the file system refuses, ends it with one line and exit status 2. Ctrl-C ends it
-    with one line and 130, a pipe that nobody reads any more (`| head -1`) without a word and with 141.
-    """
-    _prepare_streams()
-    fit_threads()
-    try:
-        main(argv)
-        sys.stdout.flush()
-    except UserError as error:
-        _end(2, f"error: {error}")
-    except StrictDataclassError as error:  # of two lines
-        _end(2, f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        _end(130, "\ninterrupted")
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and (_is_unread(1) or _is_unread(2)):
-            _end(141)
-        if error.errno not in REFUSED_BY_SYSTEM:
-            raise
-        _end(2, f"error: {'the disk is full: ' if error.errno in FULL else ''}{error}")
-
-
-def _prepare_streams() -> None:
-    """
-    Opens the standard streams that the caller has closed on the null device, since libraries write to them; Python's
-    own `sys.__stdout__` stays None. Characters that the terminal's encoding lacks are written as escapes.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _is_unread(descriptor: int) -> bool:
-    """Whether this is a pipe that nobody reads any more."""
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _end(status: int, message: str | None = None) -> NoReturn:
-    """Ends the program. What can no longer be written is dropped, where Python would complain of it."""
-    for descriptor, stream, text in ((1, sys.stdout, None), (2, sys.stderr, message)):
-        try:
-            if text is not None:
-                print(text, file=stream)
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    raise SystemExit(status)
+ABOUT = """\
+Trains a model by a recipe, a YAML file whose fields are these options: a path, or the name of an installed one, such as
+quickstart.yaml. Options on the command line come after the recipe. docs/training.md explains them all."""
 
 
 def recipe_parser() -> OptionParser:
     """The parser of recipes and command lines."""
     groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
     usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
-    parser = OptionParser(groups, usage=usage, conflict_handler="resolve")
+    # What the config takes where a recipe leaves a field of the network out.
+    defaults = {option.name: getattr(VanillaTransformerConfig, option.name, None) for option in fields(ModelArguments)}
+    parser = OptionParser(
+        groups, hidden=REFUSED, defaults=defaults, usage=usage, description=ABOUT, conflict_handler="resolve"
+    )
     parser.add_argument("--variant", help="one of the recipe's variants, e.g. a row of table3.yaml")
     # transformers' own knows true and false.
     help_bf16 = "mixed precision in bfloat16: true, false, or auto (true where the machine has instructions for it)"
     parser.add_argument("--bf16", type=_true_false_or_auto, nargs="?", const=True, default=False, help=help_bf16)
     # And of these it takes true and false for text.
-    helps = {option.name: option.metadata["help"] for option in dataclasses.fields(TrainingArguments)}
+    helps = {option.name: option.metadata["help"] for option in fields(TrainingArguments)}
     parser.add_argument("--fsdp", type=truth_or_text, nargs="?", const=True, help=helps["fsdp"])
     trackio = ("--trackio_static_space_id", "--trackio-static-space-id")
     parser.add_argument(*trackio, type=truth_or_text, help=helps["trackio_static_space_id"])
@@ -664,15 +606,6 @@ def parse_recipe(argv: list[str]) -> Recipe:
 
 def _true_false_or_auto(value: str) -> bool | str:
     return value if value == "auto" else true_or_false(value)
-
-
-def plain(value: Any) -> Any:
-    """An option's value as people write it: a whole number without a point, and a choice by its name."""
-    if isinstance(value, list):
-        return [plain(part) for part in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    return getattr(value, "value", value)
 
 
 def recipe_of_run(arguments: Any) -> Path | None:

@@ -34,7 +34,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vanilla_transformer.loading_vanilla_transformer import refuse_strange_shards
 
-from .arguments import UserError
+from .errors import UserError
 
 
 logger = logging.getLogger(__name__)

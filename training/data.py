@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer.loading_vanilla_transformer import text_fault
 
-from .arguments import DataArguments, UserError, check_numbers
+from .arguments import DataArguments, check_numbers
 from .bpe_dropout import WORDS, word_lengths
+from .errors import UserError
 from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
 
 

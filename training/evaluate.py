@@ -1,6 +1,6 @@
-"""Scores a saved model: `python -m vanilla_transformer.training.evaluate MODEL --test_file SOURCE TARGET`.
+"""Scores a saved model: `vanilla-transformer evaluate MODEL --test_file SOURCE TARGET`.
 
-Any data that training takes will do: `--dataset phrasebook:en-de`, a Hub dataset, files (see `--help`).
+Any data that training takes will do: `--dataset phrasebook:en-de`, a Hub dataset, files.
 """
 
 import json
@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BatchEncoding,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,11 +31,13 @@ from vanilla_transformer import VanillaTransformerConfig  # importing it registe
 from vanilla_transformer.loading_vanilla_transformer import refuse_lost_weights, refuse_other_tokenizer, text_fault
 from vanilla_transformer.program_vanilla_transformer import load_if_possible
 
-from .arguments import DataArguments, DecodingArguments, UserError, check_bleu_tokenizer, check_numbers, run_program
+from .arguments import DataArguments, DecodingArguments, check_bleu_tokenizer, check_numbers
 from .batching import batch_sizes
 from .data import DataError, load_pairs
+from .errors import UserError
 from .metrics import TranslationMetrics
-from .options import read_yaml
+from .options import OptionParser, read_yaml
+from .program import run_program
 from .report import make_sure_of_file, write_beside
 
 
@@ -101,7 +102,7 @@ def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrained
         if kind != VanillaTransformerConfig.model_type:
             raise ValueError(
                 f"config.json is that of a model_type {kind!r}, and {VanillaTransformerConfig.model_type!r} is needed: "
-                "scripts/convert_checkpoint.py converts some others"
+                "`vanilla-transformer convert` converts some others"
             )
         # Sizes that differ are told below, with what else differs, in place of a table.
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -328,11 +329,17 @@ def numbers(scores: dict) -> list[tuple[str, float]]:
     return [(name, value) for name, value in scores.items() if not isinstance(value, str)]
 
 
+def build_parser() -> OptionParser:
+    """The options."""
+    usage = "%(prog)s MODEL [--field value ...]"
+    parser = OptionParser((EvaluationArguments, DataArguments), usage=usage, description=__doc__)
+    parser.add_argument("model", help="folder or Hub name of the model")
+    return parser
+
+
 def main(argv: list[str]) -> None:
     """Scores one split of the data that the command line names."""
-    parser = HfArgumentParser((EvaluationArguments, DataArguments), description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder or Hub name of the model")
-    arguments, data, options = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    arguments, data, options = build_parser().parse_args_into_dataclasses(argv, look_for_args_file=False)
     if arguments.output_file:
         make_sure_of_file("output_file", arguments.output_file)
     elif sys.__stdout__ is None:

@@ -32,7 +32,8 @@ from vanilla_transformer import (
     VanillaTransformerModel,
 )
 
-from .arguments import UserError, plain, read_recipe, recipe_parser
+from .arguments import plain, read_recipe, recipe_parser
+from .errors import UserError
 from .evaluate import read_model
 from .options import as_yaml
 from .report import CardError, read_card

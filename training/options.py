@@ -1,23 +1,19 @@
 """Reads options by the types of their fields: those of a YAML file as those of the command line, by one parser."""
 
 import json
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Container, Mapping, Sequence
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-
-class UserError(ValueError):
-    """What the user of a program got wrong. The message says what was found and what would be right."""
-
-
-class RecipeError(UserError):
-    """A recipe or a command line that cannot be followed."""
+from .errors import RecipeError
 
 
 class TextLoader(yaml.SafeLoader):
@@ -74,25 +70,96 @@ def truth_or_text(text: str) -> bool | str:
     return text.lower() == "true" if text.lower() in ("true", "false") else text
 
 
+def plain(value: Any) -> Any:
+    """An option's value as people write it: a whole number without a point, and a choice by its name."""
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return getattr(value, "value", value)
+
+
+class OptionFormatter(ArgumentDefaultsHelpFormatter):
+    """argparse's own, with room for the long names of fields."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36)
+
+
 class OptionParser(HfArgumentParser):
     """
     transformers' parser for the fields of dataclasses, for values from YAML too: whatever the place, the field's type
     says what a value means.
 
+    Its help has a group of options for each dataclass. The fields that a dataclass inherits come last.
+
     Args:
         groups: the dataclasses.
+        hidden: fields that neither the help nor the shell's completion shows.
+        defaults: what the help gives as defaults of fields whose own default is None.
         options: of argparse.ArgumentParser.
     """
 
-    def __init__(self, groups: Sequence[type], **options: Any):
-        super().__init__(groups, **options)
+    def __init__(
+        self,
+        groups: Sequence[type],
+        hidden: Container[str] = (),
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+        **options: Any,
+    ):
+        super().__init__(groups, formatter_class=OptionFormatter, **options)
         self.register("type", string_to_bool, true_or_false)
+        # `run_program` reads it.
+        self.add_argument("--verbose", action="store_true", help="show the traceback of an error", default=SUPPRESS)
+        self.defaults_told = defaults
+        for action in self._actions:
+            if action.dest in hidden:
+                action.help = SUPPRESS
         #: The type of each field.
         self.hints = {
             option.name: hints[option.name]
             for group, hints in zip(groups, map(get_type_hints, groups), strict=True)
             for option in fields(group)
         }
+
+    def format_help(self) -> str:
+        """What `--help` prints."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [action for action in self._actions if not action.option_strings], [])
+        formatter.add_text(self.description)
+        sections: dict[tuple[str, str | None], list[Action]] = {
+            ("arguments", None): [action for action in self._actions if action.dest not in self.hints]
+        }
+        by_name = {action.dest: action for action in reversed(self._actions)}
+        inherited: list[Action] = []
+        for group in self.dataclass_types:
+            names = [option.name for option in fields(group)]
+            own = [by_name[name] for name in names if name in group.__annotations__]
+            title = group.__name__.removesuffix("Arguments").lower()
+            sections[title, " ".join((group.__doc__ or "").split("\n\n")[0].split())] = own
+            inherited += [by_name[name] for name in names if name not in group.__annotations__]
+        if inherited:
+            sections["transformers", "Fields of transformers' own Seq2SeqTrainingArguments."] = inherited
+        for (title, about), actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_text(about)
+            formatter.add_arguments(map(self._shown, actions))
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def _shown(self, action: Action) -> Action:
+        """An option as the help shows it: one spelling, the kind of its value, and its default."""
+        if not action.option_strings or action.nargs == 0:
+            return action
+        shown = copy(action)
+        shown.option_strings = action.option_strings[:1]
+        kinds: dict[Any, str] = {string_to_bool: "TRUE|FALSE", int: "INT", float: "FLOAT"}
+        name = kinds.get(action.type, "TEXT")
+        shown.metavar = None if action.choices else name
+        default = self.defaults_told.get(action.dest) if action.default is None else plain(action.default)
+        shown.default = SUPPRESS if default is None else default
+        return shown
 
     def error(self, message: str) -> NoReturn:
         """

@@ -390,6 +390,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from .arguments import run_program
+    from .program import run_program
 
     run_program(lambda _: main(), [])

@@ -1,6 +1,6 @@
 """Says before the first update what would end a run later, and what the run will take.
 
-Every run takes the checks that cost next to nothing. `python -m vanilla_transformer.training.train RECIPE.yaml --check`
+Every run takes the checks that cost next to nothing. `vanilla-transformer train RECIPE.yaml --check`
 makes a few real updates besides, prints everything as a table, and leaves nothing behind.
 """
 
@@ -36,11 +36,12 @@ from transformers.trainer_utils import IntervalStrategy
 from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
 from vanilla_transformer.operations_vanilla_transformer import linear
 
-from .arguments import Recipe, TrainingArguments, UserError
+from .arguments import Recipe, TrainingArguments
 from .batching import TokenBudgetBatches, batch_sizes, token_budget
 from .bpe_dropout import BpeDropoutRows
 from .checkpointing import DATA_NAME
 from .data import tokenize_pairs
+from .errors import UserError
 from .machine import machine
 from .resuming import fingerprint
 from .trainer import TranslationTrainer

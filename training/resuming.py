@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .arguments import REFUSED, DataArguments, Recipe, RecipeError, read_recipe, recipe_of_run, recipe_parser
+from .arguments import REFUSED, DataArguments, Recipe, read_recipe, recipe_of_run, recipe_parser
 from .data import ENCODED, expand_path
+from .errors import RecipeError
 
 
 logger = logging.getLogger(__name__)

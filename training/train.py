@@ -1,4 +1,4 @@
-"""Trains a model by a recipe: `python -m vanilla_transformer.training.train RECIPE.yaml [--field value ...]`.
+"""Trains a model by a recipe: `vanilla-transformer train RECIPE.yaml [--field value ...]`.
 
 With several processes: `accelerate launch -m vanilla_transformer.training.train RECIPE.yaml ...`. The run's folder
 then holds the best model with its tokenizer, metrics.json, loss_curve.png, recipe.yaml and a model card.
@@ -24,11 +24,12 @@ from vanilla_transformer import (
     train_tokenizer,
 )
 
-from .arguments import Recipe, RecipeError, TrainingArguments, parse_recipe, run_program
+from .arguments import Recipe, TrainingArguments, parse_recipe, recipe_parser
 from .averaging import last_checkpoints, load_average
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .checkpointing import damage, newest_checkpoint, settle
 from .data import DataError, hold_out, language_pair, load_pairs, tokenize_pairs, training_texts
+from .errors import RecipeError
 from .evaluate import format_scores, load_model, load_tokenizer, read_model, score_texts, translate
 from .filters import FilterReport
 from .hub import HubError, public
@@ -36,6 +37,7 @@ from .machine import machine
 from .memory import hold_memory
 from .options import as_yaml
 from .preflight import Run, check_inputs, check_plan, rehearse, require
+from .program import run_program
 from .report import draw_loss_curve, model_card, refusing, write_beside
 from .resuming import refuse_changes, refuse_model_alone
 from .streaming import VOCABULARY_ROWS, StreamedBatches, open_stream
@@ -44,6 +46,8 @@ from .trainer import TranslationTrainer, callbacks, score_translations
 
 logger = logging.getLogger(__name__)
 
+# The options of this command.
+build_parser = recipe_parser
 # Translations shown at the end of a run.
 SHOWN = 5
 # What a run may change of a model that it trains further: the rest is what the weights were made for.
@@ -415,7 +419,7 @@ def publish(trainer: TranslationTrainer) -> None:
     try:
         pushed = trainer.push_to_hub()
     except HubError as error:
-        later = f"python scripts/push_to_hub.py {folder} {trainer.hub_model_id}"
+        later = f"vanilla-transformer push {folder} {trainer.hub_model_id}"
         raise HubError(f"{error}. The run itself is whole in {folder}; `{later}` pushes it") from error
     print(f"and at {pushed.repo_url}, revision {pushed.oid}")
 

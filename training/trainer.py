@@ -21,11 +21,12 @@ from transformers.utils import PushInProgress
 
 from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
 
-from .arguments import RecipeError, TrainingArguments
+from .arguments import TrainingArguments
 from .averaging import ExponentialMean
 from .batching import TokenBudgetBatches, token_budget
 from .bpe_dropout import BpeDropoutRows
 from .checkpointing import CheckpointError, ResumableTrainer
+from .errors import RecipeError
 from .hub import create_repository, push_checkpoint, push_run
 from .metrics import TranslationMetrics
 from .r_drop import symmetric_divergence

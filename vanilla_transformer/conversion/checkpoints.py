@@ -77,7 +77,7 @@ def _refuse_other_model_type(path: Path, model_type: Any, kind: str) -> None:
     if model_type == VanillaTransformerConfig.model_type:
         raise ValueError(
             f"{path} is that of a model of this package: there is nothing to convert. AutoModelForSeq2SeqLM and "
-            "scripts/translate.py load the folder as it is"
+            "`vanilla-transformer translate` load the folder as it is"
         )
     if model_type in OF_TRANSFORMERS and model_type != kind:
         raise ValueError(f"{path} has model_type={model_type!r}: give --format {model_type}")

@@ -4,7 +4,7 @@
     write_vocabulary(config.vocab_size, config.eos_token_id, tokenizer.unk_token_id, "folder/vocabulary.txt")
     marian-decoder --models folder/model.npz --vocabs folder/vocabulary.txt folder/vocabulary.txt
 
-This is how `scripts/benchmark.py` measures Marian's speed. Translations differ a little from ours, because three
+`vanilla-transformer benchmark` measures Marian's speed this way. Translations differ a little from ours, because three
 things are fixed there: the wavelengths of its sinusoids (10000^(i / (n - 1)) for n = d_model / 2; in the paper i / n),
 a vector of zeros as the decoder's first input, where ours is a token, and an epsilon of 1e-6 in its norms. A model that
 has these three gives the same translations and scores.

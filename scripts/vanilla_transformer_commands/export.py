@@ -1,0 +1,90 @@
+"""Writes a model for other runtimes: `vanilla-transformer export MODEL --format onnx --output FOLDER`.
+
+`marian` is a MarianMTModel, which transformers loads without this package. `ctranslate2`, `onnx` and `torch` are for
+CTranslate2, for ONNX runtimes and for torch.export.load. Each folder holds the tokenizer too. What each can express,
+and how it is used, is in docs/interoperability.md.
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from .parser import CommandParser
+
+
+# The formats, and the package that writes each, if it is none of those that the model itself needs.
+FORMATS = {"marian": None, "ctranslate2": "ctranslate2", "onnx": "onnxscript", "torch": None}
+
+
+def build_parser() -> CommandParser:
+    """The options."""
+    parser = CommandParser(__doc__)
+    parser.add_argument("model", help="folder or Hub name of the model")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into, a new one")
+    parser.add_argument("--quantization", help="CTranslate2's type of weights, such as int8 (default: float32)")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Checks, loads, writes."""
+    arguments = build_parser().parse_args(argv)
+    # Imported here, so that --help answers at once.
+    from vanilla_transformer.training.errors import UserError
+    from vanilla_transformer.training.evaluate import load_model
+    from vanilla_transformer.training.report import new_folder
+
+    refuse(arguments)
+    with new_folder("output", arguments.output) as folder:
+        model, tokenizer = load_model(arguments.model)
+        try:
+            write(model, tokenizer, folder, arguments)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        tokenizer.save_pretrained(folder)
+    print(f"{arguments.model} for {arguments.format}, saved in {arguments.output}")
+
+
+def refuse(arguments: argparse.Namespace) -> None:
+    """
+    Checks what can be checked before the model is loaded.
+
+    Raises:
+        UserError: a package is missing, or an option does not go with the format.
+    """
+    from vanilla_transformer.training.errors import UserError
+
+    package = FORMATS[arguments.format]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"--format {arguments.format} needs the package {package}: pip install {package}")
+    if arguments.quantization is not None and arguments.format != "ctranslate2":
+        raise UserError(f"--quantization {arguments.quantization} goes with --format ctranslate2 only")
+
+
+def write(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Namespace) -> None:
+    """
+    The model in the format that is asked for; beside two graphs or programs, its config, which holds the special ids.
+
+    Raises:
+        ValueError: the format has nothing for a setting of the model.
+    """
+    if arguments.format == "marian":
+        from vanilla_transformer.conversion.marian import to_marian
+
+        to_marian(model).save_pretrained(folder)
+    elif arguments.format == "ctranslate2":
+        from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
+
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        to_ctranslate2(model, tokens, folder, quantization=arguments.quantization, force=True)
+    elif arguments.format == "onnx":
+        from vanilla_transformer.conversion.onnx import to_onnx
+
+        to_onnx(model, folder)
+        model.config.save_pretrained(folder)
+    else:
+        from vanilla_transformer.conversion.export import to_torch_export
+
+        to_torch_export(model, folder)
+        model.config.save_pretrained(folder)

@@ -1,0 +1,61 @@
+"""Shows what a model is, and how it is decoded on this machine: `vanilla-transformer info MODEL`."""
+
+from typing import TYPE_CHECKING
+
+from .parser import CommandParser
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What a user of the model knows it by, and the fields of its config that say so.
+SIZES = {
+    "layers": ("encoder_layers", "decoder_layers"),
+    "attention heads": ("encoder_attention_heads", "decoder_attention_heads"),
+    "width of the FFN": ("encoder_ffn_dim", "decoder_ffn_dim"),
+}
+COMPUTE_TYPES = ("float32", "bfloat16", "int8")
+
+
+def build_parser() -> CommandParser:
+    """The options."""
+    parser = CommandParser(__doc__)
+    parser.add_argument("model", help="folder or Hub name of the model")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Loads the model, and prints a line for each thing worth knowing."""
+    arguments = build_parser().parse_args(argv)
+    # Imported here, so that --help answers at once.
+    from vanilla_transformer.training.evaluate import load_model
+    from vanilla_transformer.training.machine import machine
+
+    model, tokenizer = load_model(arguments.model)
+    config, decoding = model.config, model.generation_config
+    lines = {
+        "model": arguments.model,
+        "parameters": f"{model.num_parameters():,} in {str(model.dtype).removeprefix('torch.')}",
+        "d_model": config.d_model,
+        **{name: f"{getattr(config, ours)} + {getattr(config, theirs)}" for name, (ours, theirs) in SIZES.items()},
+        "norms": "before the sub-layers" if config.normalize_before else "after the sub-layers, as in the paper",
+        "positions": config.position_embedding_type,
+        "vocabulary": f"{len(tokenizer):,} subwords",
+        "decoding": f"num_beams={decoding.num_beams}, length_penalty={decoding.length_penalty:g}",
+        "machine": machine(),
+        **{f"engine, {kind}": engine_for(model, kind) for kind in COMPUTE_TYPES},
+    }
+    print("\n".join(f"{name:18}{value}" for name, value in lines.items()))
+
+
+def engine_for(model: "PreTrainedModel", compute_type: str) -> str:
+    """What decodes the model here with this `compute_type`, and why nothing faster does, in words."""
+    import torch
+
+    token = torch.full((1, 1), model.config.eos_token_id, device=model.device)
+    try:
+        model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, compute_type=compute_type)
+    except ValueError as error:
+        return f"none: {error}"
+    name, reason = model.last_engine
+    return f"{name}: {reason}" if reason else name

@@ -1,0 +1,28 @@
+"""Publishes a run on the Hub: `vanilla-transformer push RUN NAME/MODEL [--private] [--revision BRANCH]`.
+
+The repository gets the model, its tokenizer, card, scores and recipe, and the code with which it loads where this
+package is not installed. All is checked first, and sent in one commit: an upload that is interrupted changes nothing.
+The token is that of `hf auth login`, or the environment's HF_TOKEN.
+"""
+
+from .parser import CommandParser
+
+
+def build_parser() -> CommandParser:
+    """The options."""
+    parser = CommandParser(__doc__)
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("repo_id", help="NAME/MODEL; made where it does not exist")
+    parser.add_argument("--private", action="store_true", help="make it a private repository")
+    parser.add_argument("--revision", help="branch to push to; made where it does not exist (default: main)")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Checks and pushes."""
+    arguments = build_parser().parse_args(argv)
+    # Imported here, so that --help answers at once.
+    from vanilla_transformer.training.hub import push_run
+
+    pushed = push_run(arguments.run, arguments.repo_id, arguments.private or None, arguments.revision)
+    print(f"{arguments.run} is at {pushed.repo_url}, revision {pushed.oid}")

@@ -1,0 +1,71 @@
+"""Learns a tokenizer from the training split: `vanilla-transformer tokenizer --dataset phrasebook:en-de ...`.
+
+Training learns one by itself. This is for a vocabulary that several runs are to share: give them `--tokenizer DIR`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from vanilla_transformer import train_tokenizer
+from vanilla_transformer.training.arguments import DataArguments, TokenizerArguments
+from vanilla_transformer.training.data import DataError, load_pairs, training_texts
+from vanilla_transformer.training.errors import UserError
+from vanilla_transformer.training.options import OptionParser
+from vanilla_transformer.training.report import make_sure_of_folder
+
+
+@dataclass
+class OutputArguments:
+    """Where the tokenizer goes."""
+
+    output_dir: str = field(metadata={"help": "folder to save the tokenizer in; one that holds a tokenizer is refused"})
+
+
+def build_parser() -> OptionParser:
+    """The options."""
+    groups = (OutputArguments, TokenizerArguments, DataArguments)
+    return OptionParser(groups, usage="%(prog)s --output_dir FOLDER [--field value ...]", description=__doc__)
+
+
+def main(argv: list[str]) -> None:
+    """Learns, saves and shows one tokenizer."""
+    # 1. what to do
+    output, options, data = build_parser().parse_args_into_dataclasses(argv, look_for_args_file=False)
+    check(output, options)
+
+    # 2. the text
+    pairs = load_pairs(data)
+    if "train" not in pairs:
+        raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
+
+    # 3. its subwords
+    texts = training_texts(pairs["train"])
+    try:
+        tokenizer = train_tokenizer(texts, options.vocab_size, options.tokenizer_model, options.pretokenized)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    # 4. a folder for AutoTokenizer
+    tokenizer.save_pretrained(Path(output.output_dir))
+
+    # 5. what came of it
+    print(f"{len(tokenizer)} subwords from {len(pairs['train'])} pairs, saved in {output.output_dir}")
+    for text in pairs["train"][0].values():
+        print("  " + " | ".join(split_text(tokenizer, text)))
+
+
+def check(output: OutputArguments, options: TokenizerArguments) -> None:
+    """Raises UserError for what would be lost or ignored."""
+    make_sure_of_folder("output_dir", output.output_dir)
+    if Path(output.output_dir, "tokenizer.json").exists():
+        raise UserError(f"output_dir={output.output_dir} already holds a tokenizer: choose another, or delete it first")
+    if options.tokenizer:
+        raise UserError(f"tokenizer={options.tokenizer} exists, and this program learns a new one: leave it out")
+
+
+def split_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The pieces of `text` that its subwords stand for."""
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [text[start:end].strip() for start, end in spans]

@@ -1,6 +1,6 @@
 """Trains a model by a recipe: `vanilla-transformer train RECIPE.yaml [--field value ...]`.
 
-With several processes: `accelerate launch -m vanilla_transformer.training.train RECIPE.yaml ...`. The run's folder
+With several processes: `accelerate launch -m vanilla_transformer_commands train RECIPE.yaml ...`. The run's folder
 then holds the best model with its tokenizer, metrics.json, loss_curve.png, recipe.yaml and a model card.
 """
 
@@ -86,6 +86,8 @@ def main(argv: list[str]) -> None:
     # sharded answers only when all processes ask
     if trainer.is_world_process_zero():
         finish(recipe, trainer, saved_model(args), run.pairs)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -442,5 +444,3 @@ def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run_program(main, sys.argv[1:])
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -41,7 +41,7 @@ WORDS = {
     "Portuguese": "irmã…",
     "Spanish": "¿Qué?",
     "Czech": "kůň",
-    "Turkish": "değil",
+    "Turkish": "çalışıyor",
     "Russian": "день",
     "Greek": "μέρα",
     "Arabic": "مرحبا",

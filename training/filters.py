@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import ftfy
 import numpy as np
 from datasets import Dataset
 
@@ -18,21 +19,8 @@ from .arguments import DataArguments
 # Reasons, in the words of the report -> tests of (source, target), or of their numbers of tokens.
 Tests = dict[str, Callable[[Any, Any], bool]]
 
-# UTF-8 read as Windows-1252: a letter (the first byte of a character), and one to three signs of these, which were the
-# bytes 0x80 to 0xBF. Right text has such pairs where a word ends and punctuation follows: "É…", "été\u00a0»", "váš“".
-SIGN = f"[{re.escape(bytes(range(0x80, 0xC0)).decode('cp1252', 'ignore'))}]"
-# Signs that right text never has straight after a letter.
-ODD = "[€ƒ‰œŸ¡¢£¤¥¦§¶¼½¾¿]"
-MOJIBAKE = (
-    f"(?<=[a-z])[Â-ÖØ-Þ]{SIGN}"  # a capital in a small word: "schÃ¶n"
-    f"|(?<![^\\W\\d_])[ÂÃ]{SIGN}"  # capitals that are no word of their own: "Ã¼ber", "Â©"
-    f"|[ÂÃ]{SIGN}(?=[a-z])"  # "MÃ¤nner"
-    f"|[ÄÅÎÏÐÑØÙ]{ODD}"  # more Latin, Greek, Cyrillic, Arabic: "Ð½" was н
-    f"|[à-ï]{ODD}{SIGN}"  # most other scripts, and quotes: "â€œ" was “
-    f"|ð{ODD}{SIGN}{{2}}"  # emoji
-)
 CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # not tab, line feed, carriage return
-BAD_ENCODING = re.compile(f"\ufffd|{CONTROL}|{MOJIBAKE}")
+UNREADABLE = re.compile(f"\ufffd|{CONTROL}")
 
 
 def is_empty(source: str, target: str) -> bool:
@@ -50,10 +38,9 @@ def is_badly_encoded(*texts: str) -> bool:
     Whether one of the texts was decoded wrongly on its way.
 
     That shows in U+FFFD (what decoders write for bytes that they cannot read), in control characters, and in UTF-8
-    that was read as Windows-1252 ("Ã¼" for "ü"). The last is told by pairs of characters that right text does not
-    have, so that some of it goes unseen, rather than right text left out.
+    that was read as another encoding ("Ã¼" for "ü"), as the library ftfy finds it.
     """
-    return any(BAD_ENCODING.search(text) for text in texts)
+    return any(UNREADABLE.search(text) or ftfy.fix_encoding(text) != text for text in texts)
 
 
 class Duplicates:

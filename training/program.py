@@ -24,8 +24,8 @@ REFUSED_BY_SYSTEM = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMET
 # The packages that an extra of ours brings, as they are imported.
 EXTRAS = {
     "train": (
-        "accelerate", "babel", "datasets", "evaluate", "matplotlib", "peft", "psutil", "yaml", "sacrebleu", "shtab",
-        "tensorboard",
+        "accelerate", "babel", "datasets", "evaluate", "ftfy", "matplotlib", "peft", "psutil", "yaml", "sacrebleu",
+        "shtab", "tensorboard",
     ),
     "convert": ("google", "sacremoses", "sentencepiece"),
     "bench": ("ctranslate2",),

@@ -16,13 +16,28 @@ from tokenizers import pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
 from vanilla_transformer import train_tokenizer
+from vanilla_transformer.conversion.marian import to_marian
 from vanilla_transformer.inference_vanilla_transformer import is_native
 from vanilla_transformer.training.batching import TokenBudgetBatches
 from vanilla_transformer.training.data import read_lines
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.machine import processor
 from vanilla_transformer.training.program import run_program
-from vanilla_transformer_commands import benchmark as BENCHMARK
+from vanilla_transformer_commands.benchmark import (
+    availability,
+    cells,
+    contenders,
+    data,
+    losses,
+    recipes,
+    train,
+    trainers,
+    translators,
+)
+from vanilla_transformer_commands.benchmark.command import main
+from vanilla_transformer_commands.benchmark.contenders import Contender
+from vanilla_transformer_commands.benchmark.limits import count_weights, least_seconds, training_flops
+from vanilla_transformer_commands.benchmark.tasks import tasks_of_text
 
 
 COMMAND = [sys.executable, "-m", "vanilla_transformer_commands", "benchmark"]
@@ -120,16 +135,16 @@ def test_the_figures_of_a_run_agree_with_each_other_and_with_a_count(multi30k, l
 def contender(folder: Path, side: str, **options):
     """The Trainer that a worker of tiny builds."""
     told = ["--output_dir", str(folder), "--max_steps", "1000", "--bf16", "false"]
-    recipe = [*BENCHMARK.CELLS["tiny"].recipe, *BENCHMARK.TRAINING_ALONE, "--data_dir", str(folder), *FIELDS, *told]
-    return BENCHMARK.build_contender(recipe, folder, BENCHMARK.Contender(side, "float32", **options))
+    recipe = [*cells.CELLS["tiny"].recipe, *recipes.TRAINING_ALONE, "--data_dir", str(folder), *FIELDS, *told]
+    return trainers.build_contender(recipe, folder, Contender(side, "float32", **options))
 
 
 @pytest.fixture
 def prepared(multi30k):
     """The folder, with tokenizer and rows."""
-    recipe = [*BENCHMARK.CELLS["tiny"].recipe, *BENCHMARK.TRAINING_ALONE, "--data_dir", str(multi30k), *FIELDS]
+    recipe = [*cells.CELLS["tiny"].recipe, *recipes.TRAINING_ALONE, "--data_dir", str(multi30k), *FIELDS]
     if not (multi30k / "tokenizer").exists():
-        BENCHMARK.prepare(recipe, multi30k)
+        data.prepare(recipe, multi30k)
     return multi30k
 
 
@@ -142,7 +157,7 @@ def test_both_sides_are_trained_on_the_same_tokens_from_the_same_weights(prepare
         "fed": {"side": "MarianMTModel", "same_batches": True},
     }.items():
         trainer = contender(prepared, **{"side": name, **options})
-        measured[name] = BENCHMARK.measure_losses(trainer, prepared, loss_tokens=3000)
+        measured[name] = losses.measure_losses(trainer, prepared, loss_tokens=3000)
 
     ours = measured["ours"]
     assert ours["after"]["nll"] < ours["before"]["nll"] - 0.1
@@ -160,7 +175,7 @@ def test_the_validation_loss_is_that_of_sentences_taken_one_by_one(prepared):
 
     rows = load_from_disk(prepared / "validation")
     trainer = contender(prepared, "ours")
-    found = BENCHMARK.validation_loss(trainer, rows)
+    found = losses.validation_loss(trainer, rows)
 
     nll = smoothed = 0.0
     model, smoothing = trainer.model.double().eval(), trainer.model.config.label_smoothing
@@ -179,7 +194,7 @@ def test_the_validation_loss_is_that_of_sentences_taken_one_by_one(prepared):
 @pytest.mark.parametrize("side", ["ours", "MarianMTModel"])
 def test_the_operations_of_an_update_are_those_that_torch_counts(side, tiny_model):
     model = tiny_model(attention="eager", d_model=32)
-    model = BENCHMARK.build_marian(model) if side == "MarianMTModel" else model
+    model = to_marian(model) if side == "MarianMTModel" else model
     model.set_attn_implementation("eager")
     rows, source, target = 3, 7, 5
     sources, targets = (torch.randint(3, 61, (rows, length)) for length in (source, target))
@@ -187,58 +202,48 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(side, tiny_mode
     in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
         model.train()(input_ids=sources, labels=targets).loss.backward()
-    assert BENCHMARK.training_flops(model.config, rows * [(source, target)]) == counted.get_total_flops()
-
-
-def test_marian_with_our_weights_computes_what_ours_does(tiny_model, padded):
-    model = tiny_model()
-    marian = BENCHMARK.build_marian(model).eval()
-    (source, mask), (target, _) = padded(), padded(seed=1)
-    inputs = {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
-    with torch.no_grad():
-        torch.testing.assert_close(marian(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert training_flops(model.config, rows * [(source, target)]) == counted.get_total_flops()
 
 
 class TestWhatTheMachineLacks:
     """The others are measured."""
 
     def test_is_left_out_by_name(self, capsys):
-        contenders = [BENCHMARK.Contender("ours", dtype) for dtype in ("float32", "int8")]
-        found = BENCHMARK.leave_out(contenders, lambda it: "it is broken" if it.dtype == "int8" else None)
-        assert found == contenders[:1]
+        both = [Contender("ours", dtype) for dtype in ("float32", "int8")]
+        found = availability.leave_out(both, lambda it: "it is broken" if it.dtype == "int8" else None)
+        assert found == both[:1]
         assert capsys.readouterr().out == "left out: ours int8: it is broken\n"
 
     def test_is_an_error_if_nothing_else_is_asked_for(self):
         with pytest.raises(UserError, match="no contender is left"):
-            BENCHMARK.leave_out([BENCHMARK.Contender("ours", "int8")], lambda _: "it is broken")
+            availability.leave_out([Contender("ours", "int8")], lambda _: "it is broken")
 
     @pytest.mark.parametrize(
-        ("fields", "reason"),
+        ("fields", "reasons"),
         [
-            ("", None),
-            ("--normalize_before true", "normalize_before=True"),
-            ("--activation_function gelu", "activation_function='gelu'"),
-            ("--encoder_attention_heads 2", "encoder_attention_heads=2"),
+            ({"encoder_attention_heads": 2}, {}),
+            ({"normalize_before": True}, dict.fromkeys(("MarianMTModel", "Marian C++"), "normalize_before=True")),
+            ({"activation_function": "gelu"}, {"Marian C++": "activation_function='gelu'"}),
+            ({"encoder_attention_heads": 4}, {"Marian C++": "encoder_attention_heads=4"}),
         ],
     )
-    def test_marian_trains_no_other_network_than_the_recipe_s(self, fields, reason, tmp_path):
-        BENCHMARK.word_tokenizer(50).save_pretrained(tmp_path / "tokenizer")
-        recipe = ["multi30k_en_de_tiny.yaml", *BENCHMARK.TRAINING_ALONE, *FIELDS, *fields.split()]
-        found = BENCHMARK.why_not_held(recipe, tmp_path, BENCHMARK.Contender("Marian C++", "float32"))
-        assert found is None if reason is None else reason in found
-        assert BENCHMARK.why_not_held(recipe, tmp_path, BENCHMARK.Contender("ours", "float32")) is None
+    def test_a_peer_trains_no_other_network_than_the_recipe_s(self, fields, reasons, tiny_model):
+        model = tiny_model(**{"encoder_attention_heads": 2, **fields})
+        for side in ("ours", "MarianMTModel", "Marian C++"):
+            found = train.why_not_held(model, Contender(side, "float32"))
+            assert reasons[side] in found if side in reasons else found is None
 
     def test_has_its_reason(self, monkeypatch):
-        reason = {name: BENCHMARK.why_not_translated(it) for name, it in BENCHMARK.DECODERS.items()}
+        reason = {name: availability.why_not_translated(it) for name, it in contenders.DECODERS.items()}
         assert reason["ours float32"] is reason["stock float32"] is reason["MarianMTModel float32"] is None
         slow = None if is_native("bfloat16", torch.device("cpu")) else "torch has no fast product for bfloat16"
         for name in ("ours bfloat16", "MarianMTModel bfloat16"):
             assert reason[name] == slow or (slow and reason[name].startswith(slow))
         # As on a machine that has nothing but torch.
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-        assert BENCHMARK.why_not_translated(BENCHMARK.DECODERS["ctranslate2 int8"]) == "pip install '.[bench]'"
-        assert "pip install pymarian" in BENCHMARK.why_not_translated(BENCHMARK.DECODERS["Marian C++ float32"])
-        assert "pip install pymarian" in BENCHMARK.why_not_trained(BENCHMARK.DECODERS["Marian C++ float32"])
+        assert availability.why_not_translated(contenders.DECODERS["ctranslate2 int8"]) == "pip install '.[bench]'"
+        assert "pip install pymarian" in availability.why_not_translated(contenders.DECODERS["Marian C++ float32"])
+        assert "pip install pymarian" in availability.why_not_trained(contenders.DECODERS["Marian C++ float32"])
 
 
 def test_the_least_time_is_that_of_reading_and_multiplying_each_weight(tiny_model):
@@ -247,16 +252,16 @@ def test_the_least_time_is_that_of_reading_and_multiplying_each_weight(tiny_mode
     d, vocabulary, inner = 16, 61, (24, 32)
     encoder, across = 3 * (4 * d * d + 2 * d * inner[0]), 2 * 2 * d * d
     decoder = 2 * (4 * d * d + 2 * d * d + 2 * d * inner[1]) + d * vocabulary
-    assert BENCHMARK.count_weights(model) == (encoder + across, decoder)
+    assert count_weights(model) == (encoder + across, decoder)
     task = {"beams": 3, "batch": 2, "sources": [[5] * 4, [5] * 6, [5] * 5]}
     # One weight takes a second to be read, two to be multiplied by a row.
     limits = {"bytes": 4.0, "float32": 1.0, "int8": 1e9}
     steps = 3 * decoder * (2 + 2 + 1 + 1 + 1)  # rows of each step: both sentences, both, one; then the last batch's one
     expected = 2 * (encoder + across) * (10 + 5) + 2 * steps
-    assert BENCHMARK.least_seconds(model, task, [2, 3, 2], "float32", limits) == pytest.approx(expected)
+    assert least_seconds(model, task, [2, 3, 2], "float32", limits) == pytest.approx(expected)
     # Four weights of one byte are read in a second, and multiplied in no time.
     expected = (2 * (encoder + across) + 5 * decoder) / 4
-    assert BENCHMARK.least_seconds(model, task, [2, 3, 2], "int8", limits) == pytest.approx(expected)
+    assert least_seconds(model, task, [2, 3, 2], "int8", limits) == pytest.approx(expected)
 
 
 CTRANSLATE2 = importlib.util.find_spec("ctranslate2") is not None
@@ -275,7 +280,7 @@ def test_the_figures_of_decoding_agree_with_each_other_and_every_output_has_the_
     results = json.loads((tmp_path / "out.json").read_text())
     assert "ctranslate2" in results["versions"]
     cell = results["cells"]["4x16"]
-    found = {BENCHMARK.contender_name(entry): entry for entry in cell["contenders"]}
+    found = {contenders.contender_name(entry): entry for entry in cell["contenders"]}
     # The others are named.
     assert list(found) == [name for name in names if f"left out: {name}: " not in run.stdout]
     assert {"MarianMTModel float32", "ctranslate2 int8"} <= set(found)
@@ -306,7 +311,7 @@ def translating(tiny_model, tmp_path_factory):
     folder, model, tokenizer = (
         tmp_path_factory.mktemp("translating"),
         tiny_model(max_position_embeddings=64),
-        BENCHMARK.word_tokenizer(61),
+        data.word_tokenizer(61),
     )
     with torch.no_grad():
         model.lm_head.bias[model.config.eos_token_id] += 3
@@ -320,7 +325,7 @@ def translating(tiny_model, tmp_path_factory):
 
 
 def decoder(folder: Path, side: str, dtype: str = "float32"):
-    return BENCHMARK.build_decoder(BENCHMARK.Contender(side, dtype), str(folder / "model"), folder, threads=1)
+    return translators.build_decoder(Contender(side, dtype), str(folder / "model"), folder, threads=1)
 
 
 @pytest.mark.parametrize(("beams", "new_tokens"), [(1, None), (4, None), (4, 12)])
@@ -364,7 +369,7 @@ def test_the_tasks_of_a_test_set_are_sorted_and_the_largest_is_scored(translatin
     texts = [" ".join(f"w{draw.randrange(4, 61)}" for _ in range(draw.randint(1, 9))) for _ in range(120)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pairs = {"source": texts, "target": [text.upper() for text in texts]}
-    tasks = BENCHMARK.tasks_of_text(tokenizer, pairs, "none", ["1x1", "4x64"])
+    tasks = tasks_of_text(tokenizer, pairs, "none", ["1x1", "4x64"])
     for cell, count in (("1x1", 100), ("4x64", 120)):
         lengths = [len(source) for source in tasks[cell]["sources"]]
         assert lengths == sorted((len(text.split()) for text in texts[:count]), reverse=True)
@@ -409,6 +414,6 @@ def fails(arguments, message, tmp_path, monkeypatch, capsys):
     # The variable is read when the command line is parsed.
     monkeypatch.delenv("MULTI30K_DIR", raising=False)
     with pytest.raises(SystemExit) as ended:
-        run_program(BENCHMARK.main, [*arguments, "--threads", str(torch.get_num_threads())])
+        run_program(main, [*arguments, "--threads", str(torch.get_num_threads())])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err

@@ -14,7 +14,8 @@ from vanilla_transformer.conversion.checkpoints import pack_tokenizer, word_toke
 from vanilla_transformer.tokenization_vanilla_transformer import SPECIAL_TOKENS
 from vanilla_transformer.training import evaluate
 from vanilla_transformer.training.program import run_program
-from vanilla_transformer_commands import average, benchmark, convert, export, tokenizer, translate
+from vanilla_transformer_commands import average, convert, export, tokenizer, translate
+from vanilla_transformer_commands.benchmark import command, decode, train
 
 
 TEXTS = ["3 days ago", "1,234.50 euros"]
@@ -23,8 +24,9 @@ TEXTS = ["3 days ago", "1,234.50 euros"]
 def measure(argv: list[str]) -> None:
     """The benchmark, to where it begins to measure."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "about_this_run", lambda *_: exit(0))
-        benchmark.main(argv)
+        for module in (train, decode):
+            patch.setattr(module, "about_this_run", lambda *_: exit(0))
+        command.main(argv)
 
 
 # Command lines that end without an error. The option that is tried is added to them.

@@ -16,7 +16,8 @@ from vanilla_transformer.training import evaluate
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.program import EXTRAS, run_program
 from vanilla_transformer.training.report import new_folder
-from vanilla_transformer_commands import average, benchmark, convert, export, tokenizer, translate
+from vanilla_transformer_commands import average, convert, export, tokenizer, translate
+from vanilla_transformer_commands.benchmark import command as benchmark
 
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ COMMANDS = {
     "export": Command("write a model for CTranslate2, ONNX, Marian or torch.export", f"{HERE}.export"),
     "convert": Command("read a model of another framework", f"{HERE}.convert"),
     "push": Command("publish a finished run on the Hub", f"{HERE}.push"),
-    "benchmark": Command("measure training and decoding beside other programs", f"{HERE}.benchmark"),
+    "benchmark": Command("measure training and decoding beside other programs", f"{HERE}.benchmark.command"),
     "completion": Command("print a script for the shell's tab completion", f"{HERE}.completion"),
 }
 PROGRAM = "vanilla-transformer"

@@ -9,11 +9,8 @@ between, as --batch_tokens may: `accelerate launch -m vanilla_transformer_comman
 """
 
 import argparse
-import fcntl
 import hashlib
-import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -30,9 +27,6 @@ OPTIONS = ("num_beams", "length_penalty", "max_new_tokens", "compute_type", "com
 SETTINGS = (*OPTIONS, "n_best", "scores", "window")
 # The processes wait for the slowest of them: as long as that takes.
 PATIENCE = timedelta(days=365)
-# How many of the lines that a warning is about it names.
-NAMED = 5
-ADVICE = "go on as it was begun, delete the folder to start over, or name another --output"
 
 
 def build_parser() -> CommandParser:
@@ -231,6 +225,8 @@ class Translator:
 
 def write_stream(translator: Translator) -> tuple[int, list[int]]:
     """Prints each window; returns how many lines ran into the greatest length, and the first of them."""
+    from .parts import NAMED
+
     count, first = 0, list[int]()
     for number, lines in enumerate(translator.lines()):
         text, unfinished = translator.translate(number, lines)
@@ -250,11 +246,13 @@ def write_file(translator: Translator, processes: Any) -> tuple[int, list[int]]:
     Raises:
         UserError: what was begun there is not the beginning of this.
     """
+    from .parts import Parts
+
     parts = Parts(Path(translator.arguments.output))
     if processes.is_main_process:
         parts.begin(translator.settings())
     processes.wait_for_everyone()
-    parts.lock(fcntl.LOCK_SH)
+    parts.lock()
     number = -1
     for number, lines in enumerate(translator.lines()):
         if number == 0:
@@ -267,126 +265,6 @@ def write_file(translator: Translator, processes: Any) -> tuple[int, list[int]]:
             parts.write(number, lines, *translator.translate(number, lines))
     processes.wait_for_everyone()
     return parts.join(number + 1) if processes.is_main_process else (0, [])
-
-
-class Parts:
-    """
-    The finished windows of a translation, a file for each in the folder OUTPUT.parts.
-
-    A part begins with a line of JSON: a checksum of the lines that it is the translation of, and the numbers of those
-    that ran into the greatest length. A part is whole or not there: it is written beside, then renamed. A folder is
-    something to go on with as long as its settings.json is there, which comes first and goes first.
-
-    Raises:
-        UserError: there can be no such folder.
-    """
-
-    def __init__(self, output: Path):
-        from vanilla_transformer.training.errors import UserError
-
-        self.output = output
-        self.folder = Path(f"{output}.parts")
-        self.settings = self.folder / "settings.json"
-        try:
-            self.folder.mkdir(exist_ok=True)
-            self.lock_file = (self.folder / "lock").open("a")
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written into: {error.strerror}") from error
-
-    def begin(self, settings: dict[str, Any]) -> None:
-        """
-        Makes sure that what the folder holds has these settings. For the main process, before the others.
-
-        Raises:
-            UserError: it has others, or a process is still writing there.
-        """
-        from vanilla_transformer.training.errors import UserError
-        from vanilla_transformer.training.report import write_beside
-
-        self.lock(fcntl.LOCK_EX)
-        if not self.settings.exists():
-            for path in self.folder.glob("*.txt"):
-                path.unlink()
-            write_beside(self.settings, json.dumps(settings))
-        begun = json.loads(self.settings.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if begun[name] != value:
-                found = f"with {name}={begun[name]}, and this run has {name}={value}"
-                if name == "model":
-                    found = "by another model (its weights, vocabulary or way to decode differ)"
-                raise UserError(f"{self.folder} holds a translation that was begun {found}: {ADVICE}")
-        # As the other processes do.
-        self.lock(fcntl.LOCK_SH)
-
-    def lock(self, kind: int) -> None:
-        """
-        Locks the folder until this process ends, in whatever way.
-
-        Raises:
-            UserError: a process of another run has it.
-        """
-        from vanilla_transformer.training.errors import UserError
-
-        try:
-            fcntl.flock(self.lock_file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.folder} is being written to by another process, maybe of a run whose launcher was killed: "
-                "wait for it, or end it"
-            ) from None
-
-    def refuse_other_input(self, lines: list[str], name: str) -> None:
-        """
-        Raises:
-            UserError: there is a part for the first window, and it is not of these lines.
-        """
-        from vanilla_transformer.training.errors import UserError
-
-        if self._path(0).exists() and not self.has(0, lines):
-            raise UserError(
-                f"{self.folder} holds a translation whose input began with other lines than {name}: {ADVICE}"
-            )
-
-    def has(self, number: int, lines: list[str]) -> bool:
-        """Whether the window of this number is done, and was of these lines."""
-        try:
-            with open(self._path(number), "rb") as part:
-                return json.loads(part.readline())["lines"] == checksum(lines)
-        except FileNotFoundError:
-            return False
-
-    def write(self, number: int, lines: list[str], text: str, unfinished: list[int]) -> None:
-        """Keeps the translation of a window."""
-        from vanilla_transformer.training.report import write_beside
-
-        header = json.dumps({"lines": checksum(lines), "unfinished": unfinished})
-        write_beside(self._path(number), f"{header}\n{text}")
-
-    def join(self, count: int) -> tuple[int, list[int]]:
-        """Makes the output of so many parts, and removes them; returns what write_stream does."""
-        from vanilla_transformer.training.report import to_disk
-
-        total, first = 0, list[int]()
-        beside = Path(f"{self.output}.part")
-        with open(beside, "wb") as whole:
-            for number in range(count):
-                with open(self._path(number), "rb") as part:
-                    unfinished = json.loads(part.readline())["unfinished"]
-                    shutil.copyfileobj(part, whole)
-                total, first = total + len(unfinished), (first + unfinished)[:NAMED]
-            to_disk(whole)
-        os.replace(beside, self.output)
-        self.settings.unlink()
-        shutil.rmtree(self.folder)
-        return total, first
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:08}.txt"
-
-
-def checksum(lines: list[str]) -> str:
-    """Of a window's lines."""
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def warn(count: int, first: list[int]) -> None:

@@ -1,0 +1,96 @@
+"""How fast the machine could be at best: its rates, and the operations and bytes that the work needs."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from vanilla_transformer.inference_vanilla_transformer import pack_linear
+from vanilla_transformer.operations_vanilla_transformer import linear
+from vanilla_transformer.training.machine import fastest, read_rate
+
+from .contenders import TYPES
+from .meters import clock
+
+
+MATMUL_SECONDS = 0.5
+
+
+def matmul_rate(dtype: str) -> float:
+    """Floating-point operations a second of a large matrix product, as the machine gives them now."""
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
+    linear(a, b)
+    count, started = 0, clock()
+    while (seconds := clock() - started) < MATMUL_SECONDS or not count:
+        linear(a, b)
+        count += 1
+    return count * 2 * size**3 / seconds
+
+
+def training_flops(config: Any, lengths: list[tuple[int, int]]) -> float:
+    """
+    Floating-point operations of the matrix products that one update needs: two for each weight and token that meet,
+    and those of the attention, once forward and twice backward. Padding needs none, so it counts as waste.
+
+    Args:
+        config: ours or Marian's.
+        lengths: tokens of each row's source and target.
+    """
+    d, flops = config.d_model, 0
+    for source, target in lengths:
+        encoder = source * (8 * d**2 + 4 * d * config.encoder_ffn_dim) + 4 * d * source**2
+        decoder = target * (12 * d**2 + 4 * d * config.decoder_ffn_dim) + 4 * d * target**2
+        across = source * 4 * d**2 + 4 * d * source * target
+        output = 2 * target * d * config.decoder_vocab_size
+        flops += config.encoder_layers * encoder + config.decoder_layers * (decoder + across) + output
+    return 3.0 * flops
+
+
+def measure_limits(types: set[str]) -> dict[str, float]:
+    """What all threads reach now: bytes a second of memory, and operations a second of products in each type."""
+    size = 2048
+    states, weight, bias = torch.randn(size, size), torch.randn(size, size), torch.zeros(size)
+    rates = {}
+    for name in {*types, "float32"}:
+        product = pack_linear(weight, bias, name)
+        rates[name] = 2 * size**3 / fastest(partial(product, states), MATMUL_SECONDS)
+    # Where torch has no fast product in few bits, float32's is what is known to be reached.
+    return {"bytes": read_rate(), **{name: max(rate, rates["float32"]) for name, rate in rates.items()}}
+
+
+def least_seconds(model: Any, task: dict[str, Any], lengths: list[int], dtype: str, limits: dict[str, float]) -> float:
+    """
+    Seconds that the task takes by the machine's limits alone: weights are read once for the sources of a batch and
+    once for each of its steps, and multiplied by all rows of states; the slower of both counts.
+
+    Args:
+        model: ours. Attention and caches are left out.
+        task: its sentences, in batches of its size.
+        lengths: tokens of each output. Sentences that are finished need nothing.
+        dtype: what products are computed in.
+        limits: of `measure_limits`.
+    """
+    once, step = count_weights(model)
+    size, rate = TYPES[dtype]
+
+    def seconds(weights: int, rows: int) -> float:
+        return max(weights * size / limits["bytes"], 2 * weights * rows / limits[rate])
+
+    total = 0.0
+    for first in range(0, len(lengths), task["batch"]):
+        sources, outputs = (rows[first : first + task["batch"]] for rows in (task["sources"], lengths))
+        total += seconds(once, sum(map(len, sources)))
+        for done in range(max(outputs)):
+            total += seconds(step, task["beams"] * sum(length > done for length in outputs))
+    return total
+
+
+def count_weights(model: Any) -> tuple[int, int]:
+    """Weights that the sources of a batch are multiplied by, and those of a step."""
+    sizes = [0, model.lm_head.weight.numel()]
+    for name, weight in model.model.named_parameters():
+        if ".layers." in name and weight.dim() == 2:
+            of_sources = name.startswith("encoder.") or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
+            sizes[not of_sources] += weight.numel()
+    return sizes[0], sizes[1]

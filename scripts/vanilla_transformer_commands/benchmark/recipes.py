@@ -1,0 +1,41 @@
+"""The recipes that the contenders share."""
+
+import argparse
+import shlex
+from typing import Any
+
+import torch
+from transformers.trainer_utils import SaveStrategy
+
+from vanilla_transformer.training.arguments import parse_recipe
+
+from .cells import CELLS, GPU_FACTOR, LENGTH, SENTENCES
+
+
+# Only training is measured, update by update.
+TRAINING_ALONE = shlex.split(
+    "--gradient_accumulation_steps 1 --eval_strategy no --load_best_model_at_end false "
+    "--report_to none --disable_tqdm true --logging_steps 10"
+)
+MULTI30K = "Multi30k (https://github.com/multi30k/dataset): name its folder by --multi30k_dir or MULTI30K_DIR"
+
+
+def recipe_of(name: str, options: argparse.Namespace) -> list[str]:
+    """The cell's command line for `training.train`, with the user's fields last. Raises UserError if it is wrong."""
+    recipe = [*CELLS[name].recipe, *TRAINING_ALONE]
+    if name == "tiny":
+        recipe += ["--data_dir", options.multi30k_dir]
+    elif torch.cuda.is_available():
+        recipe += ["--per_device_train_batch_tokens", str(GPU_FACTOR * SENTENCES * LENGTH)]
+    recipe += options.fields
+    parse(recipe)
+    return recipe
+
+
+def parse(argv: list[str]) -> Any:
+    """The recipe, without checkpoints and without what the peer's Trainer has not."""
+    recipe = parse_recipe(argv)
+    # Not by --save_strategy: a recipe that averages checkpoints would be refused.
+    recipe.training.save_strategy = SaveStrategy.NO
+    recipe.training.ema_decay, recipe.training.r_drop_alpha, recipe.data.bpe_dropout = None, 0.0, 0.0
+    return recipe

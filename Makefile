@@ -20,6 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet --noconftest tests/test_imports.py
 
 # What `vanilla-transformer COMMAND --help` prints, from the options in the source.
 help: .venv/installed

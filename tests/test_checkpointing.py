@@ -175,7 +175,9 @@ def die_writing(files: int, checkpoint: str = "") -> None:
 
 
 def test_sigkill_at_any_moment_changes_nothing(config, unstopped, tmp_path):
-    run, reached, dice = tmp_path / "run", FORKS.Value("i", 0), random.Random(time.time_ns())
+    seed = time.time_ns()  # other moments in each run
+    print(f"seed: {seed}")
+    run, reached, dice = tmp_path / "run", FORKS.Value("i", 0), random.Random(seed)
     # It waits for its death, so that every life ends by it.
     watch = Watch(reached, at=UPDATES - 1, act=partial(time.sleep, 600))
     deaths = []

@@ -124,7 +124,7 @@ def _no_home(_):
 
 # In a process of its own, for a damaged program ends the process that runs it. Each is a file that was never loaded.
 DAMAGED = """
-import os, sys
+import random, sys
 from pathlib import Path
 from vanilla_transformer import program_vanilla_transformer as program
 
@@ -137,7 +137,7 @@ damages = {
     "cut off at its end": whole[:-100],
     "zeros, as a crash leaves it": bytes(len(whole)),
     "zeros at its end": whole[:-4096] + bytes(4096),
-    "garbage": os.urandom(len(whole)),
+    "garbage": random.Random(0).randbytes(len(whole)),
 }
 for name, damaged in damages.items():
     print(name, flush=True)

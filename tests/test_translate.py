@@ -255,13 +255,13 @@ def parts(output: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(f"{output}.parts").glob("*.txt")}
 
 
-def kill_at_random(output: Path, processes: list[multiprocessing.Process], more: int) -> None:
+def kill_at_random(output: Path, processes: list[multiprocessing.Process], more: int, dice: random.Random) -> None:
     """After so many more windows, and a bit."""
     goal = len(parts(output)) + more
     while len(parts(output)) < goal:
         assert all(process.is_alive() for process in processes), output.with_suffix(".log0").read_text()[-3000:]
         time.sleep(0.001)
-    time.sleep(random.random() * 0.03)
+    time.sleep(dice.random() * 0.03)
     for process in processes:
         process.kill()
     finish(*processes, status=-signal.SIGKILL)
@@ -272,9 +272,10 @@ def test_sigkill_at_random_moments_changes_nothing(folder, tmp_path):
     finish(begin(command(folder, tmp_path, lines, *options, name="unstopped.txt"), tmp_path / "unstopped.txt"))
     output = tmp_path / "out.txt"
     argv = command(folder, tmp_path, lines, *options)
+    dice = random.Random(0)
     for _ in range(3):
         before = parts(output)
-        kill_at_random(output, [begin(argv, output)], more=random.randint(1, 5))
+        kill_at_random(output, [begin(argv, output)], dice.randint(1, 5), dice)
         # What was there has not been written again.
         assert before.items() <= parts(output).items()
         assert not output.exists()
@@ -327,8 +328,8 @@ def test_two_processes_share_the_windows_and_another_number_may_go_on(folder, tm
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     two = [begin(argv, output, rank, 2, port) for rank in range(2)]
-    kill_at_random(output, two, more=4)
-    kill_at_random(output, [begin(argv, output)], more=2)
+    kill_at_random(output, two, 4, random.Random(0))
+    kill_at_random(output, [begin(argv, output)], 2, random.Random(1))
     finish(*(begin(argv, output, rank, 2, port) for rank in range(2)))
     assert output.read_bytes() == (tmp_path / "unstopped.txt").read_bytes()
     assert not list(tmp_path.glob("*.part*"))

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from vanilla_transformer import generation_vanilla_transformer as generation
+from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, engine_choice
 from vanilla_transformer import program_vanilla_transformer as program
 from vanilla_transformer.training.machine import processor
 
@@ -40,13 +39,13 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def wait_for_compiler(monkeypatch) -> None:
     """The default engine does not depend on how fast the compiler is: `generate()` waits for it."""
-    monkeypatch.setattr(generation, "load_soon", program.load)
+    monkeypatch.setattr(engine_choice, "load_soon", program.load)
 
 
 @pytest.fixture
 def packed_engine(monkeypatch, wait_for_compiler) -> None:
     """`generate()` decodes without the compiled program unless a test says `compiled=True`."""
-    monkeypatch.setattr(generation, "load_soon", lambda: None)
+    monkeypatch.setattr(engine_choice, "load_soon", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_help_says_how_a_program_is_used(program):
 
 def test_the_tree_of_the_readme_names_every_module():
     tree = README.split("## The tree")[1]
-    modules = [*(ROOT / "vanilla_transformer").glob("*_vanilla_transformer.py"), *(ROOT / "training").glob("*.py")]
+    modules = [*(ROOT / "vanilla_transformer").glob("*.py"), *(ROOT / "training").glob("*.py")]
     modules += [*(ROOT / "scripts" / "vanilla_transformer_commands").rglob("*.py")]
     missing = [path.name for path in modules if not path.name.startswith("__") and path.name not in tree]
     assert not missing

@@ -17,8 +17,7 @@ from compilers import HAS_COMPILER, needs_compiler
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
-from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
-from vanilla_transformer import inference_vanilla_transformer as inference
+from vanilla_transformer import VanillaTransformerForConditionalGeneration, engine_products, train_tokenizer
 
 
 LENGTH = 12
@@ -298,16 +297,10 @@ class TestDefaults:
         )
 
     @pytest.mark.parametrize("num_beams", [1, 4])
-    def test_a_call_is_prepared_once(self, model, source, monkeypatch, num_beams):
-        calls = []
-        prepare = GenerationMixin._prepare_generation_config
-        monkeypatch.setattr(
-            GenerationMixin,
-            "_prepare_generation_config",
-            lambda *args, **kwargs: calls.append(1) or prepare(*args, **kwargs),
-        )
+    def test_a_call_of_ours_is_not_prepared_by_transformers_once_more(self, model, source, monkeypatch, num_beams):
+        monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: pytest.fail("its generate() was called"))
         model.generate(**source, num_beams=num_beams, max_new_tokens=2)
-        assert len(calls) == 1
+        assert model.last_engine.name != "transformers"
 
     def test_no_default_length_is_written_to_the_generation_config(self, model, source):
         before = model.generation_config.to_dict()
@@ -353,7 +346,7 @@ def default_dtype(dtype):
     """As a user sets it, or transformers for a moment in another thread, which loads a model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    inference._state_bits.cache_clear()  # found once in a process
+    engine_products._state_bits.cache_clear()  # found once in a process
     try:
         yield
     finally:
@@ -408,7 +401,7 @@ class TestSettingsOfTorch:
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
     def test_the_default_dtype(self, lively_model, source, monkeypatch, name, options, dtype):
-        monkeypatch.setattr(inference, "FEW_INPUTS", 0)  # int8 for these small networks too
+        monkeypatch.setattr(engine_products, "FEW_INPUTS", 0)  # int8 for these small networks too
         model = lively_model()
         expected = decoded(model, source, options)
         with default_dtype(dtype):
@@ -421,10 +414,10 @@ class TestSettingsOfTorch:
     def test_the_default_device(self, lively_model, source, monkeypatch, name, options):
         if "transformers" in name:
             pytest.skip("transformers' own beams need the default device to be one with memory")
-        monkeypatch.setattr(inference, "FEW_INPUTS", 0)
+        monkeypatch.setattr(engine_products, "FEW_INPUTS", 0)
         model = lively_model()
         expected = decoded(model, source, options)
-        inference._state_bits.cache_clear()
+        engine_products._state_bits.cache_clear()
         with torch.device("meta"):  # where there are no numbers at all
             found = decoded(model, source, options)
         assert all(map(torch.equal, found, expected))
@@ -536,3 +529,14 @@ def test_calls_of_many_threads_find_what_they_find_alone(lively_model):
         alone = expected[number % len(jobs)]
         assert torch.equal(output.sequences, alone.sequences)
         assert torch.equal(output.sequences_scores, alone.sequences_scores)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 1, "do_sample": True}])
+def test_outputs_are_ordinary_tensors_that_one_may_change(lively_model, source, packed_engine, options):
+    model = lively_model()
+    told = model.generate(
+        **source, **options, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    for tensor in (model.generate(**source, **options, max_new_tokens=4), told.sequences, *told.scores, *told.logits):
+        assert not tensor.is_inference()
+        tensor[0] = 0

@@ -13,7 +13,8 @@ import torch
 HIDDEN = {"AVX512": ("avx2", "AVX2"), "AVX2": ("default", "SSE41")}
 # Products, networks and searches by the packed engine and by the compiled program.
 TESTS = {
-    "test_inference_vanilla_transformer.py": "modules or product or int8 or alike or type",
+    "test_engine_products.py": "",
+    "test_engine_packed.py": "modules or alike or type",
     "test_native_vanilla_transformer.py": "every_network or panels or TestInt8",
 }
 

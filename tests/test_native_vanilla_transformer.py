@@ -13,10 +13,10 @@ from compilers import needs_compiler
 from networks import NETWORKS
 from transformers import GenerationMixin
 
-from vanilla_transformer import generation_vanilla_transformer as generation
 from vanilla_transformer import native_vanilla_transformer as native
 from vanilla_transformer import program_vanilla_transformer as program
-from vanilla_transformer.inference_vanilla_transformer import PackedTransformer
+from vanilla_transformer.engine_choice import Engine
+from vanilla_transformer.engine_packed import PackedTransformer
 
 
 pytestmark = needs_compiler
@@ -244,7 +244,7 @@ def test_another_thread_s_engine_is_not_taken(lively_model, source, monkeypatch)
     """The program does not know sampling. Between choice and search, another thread decodes by the program."""
     monkeypatch.setattr(native.NativeTransformer, "search", lambda *_: pytest.fail("the program was used"))
     model = lively_model()
-    of_another = generation.Engine("compiled", "")
+    of_another = Engine("compiled", "")
     monkeypatch.setattr(type(model), "last_engine", property(lambda _: of_another, lambda *_: None))
     model.generate(**source, do_sample=True, num_beams=1, max_new_tokens=4)
 

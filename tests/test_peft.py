@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.inference_vanilla_transformer import inspect_model
+from vanilla_transformer.engine_eligibility import inspect_model
 from vanilla_transformer.loss_vanilla_transformer import label_smoothed_cross_entropy
 from vanilla_transformer.training.adapters import add_adapters
 from vanilla_transformer.training.arguments import TrainingArguments, parse_recipe

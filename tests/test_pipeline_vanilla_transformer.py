@@ -22,7 +22,7 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
-from vanilla_transformer.pipeline_vanilla_transformer import split_sentences
+from vanilla_transformer.pipeline_sentences import split_sentences
 
 
 TEXT = "  Who goes there?  It is me.\n\n\tA line\nand “another.” Last"
@@ -368,7 +368,10 @@ class TestLoading:
 
     def test_a_saved_pipeline_has_its_code_and_a_model_saved_after_it_has_none(self, pipe, model, tmp_path):
         pipe.save_pretrained(tmp_path / "pipeline")
-        modules = {f"{name}_vanilla_transformer.py" for name in ("pipeline", "loading", "validation")}
+        modules = {
+            "pipeline_vanilla_transformer.py", "pipeline_sentences.py", "loading_vanilla_transformer.py",
+            "validation_vanilla_transformer.py",
+        }  # fmt: skip
         assert {path.name for path in (tmp_path / "pipeline").glob("*.py")} == modules
         for options in ({"trust_remote_code": True}, {"pipeline_class": TranslationPipeline}):
             loaded = pipeline("translation", model=str(tmp_path / "pipeline"), device="cpu", **options)

@@ -17,7 +17,7 @@ import torch
 from compilers import needs_compiler
 from transformers import GenerationMixin
 
-from vanilla_transformer import generation_vanilla_transformer as generation
+from vanilla_transformer import engine_choice
 from vanilla_transformer import program_vanilla_transformer as program
 
 
@@ -298,7 +298,7 @@ class TestMissing:
 
     def test_it_is_told_once(self, lively_model, source, monkeypatch, caplog):
         monkeypatch.setenv("CXX", "/no/such/compiler/at/all")
-        monkeypatch.setattr(generation.logger, "propagate", True)
+        monkeypatch.setattr(engine_choice.logger, "propagate", True)
         model = lively_model()
         for _ in range(3):
             model.generate(**source, max_new_tokens=4)
@@ -310,7 +310,7 @@ class TestMissing:
 @pytest.mark.usefixtures("quick_compiler")
 class TestWaiting:
     def test_a_first_request_does_not_wait_for_the_compiler(self, lively_model, source, monkeypatch, expected):
-        monkeypatch.setattr(generation, "load_soon", program.load_soon)
+        monkeypatch.setattr(engine_choice, "load_soon", program.load_soon)
         may_compile, compile_it = threading.Event(), program._Program.compiled
 
         def compile_later(self):
@@ -330,27 +330,6 @@ class TestWaiting:
         tokens, mask = padded()
         tiny_model().train()(tokens, mask, labels=tokens).loss.backward()
         assert not cache.exists()
-
-
-# What decodes, by default and with `compiled=False`; the reasons are in plain words.
-CHOICES = {
-    "default": ({}, "compiled", ""),
-    "greedy": ({"num_beams": 1}, "compiled", ""),
-    "told not to": ({"compiled": False}, "packed", "compiled=False"),
-    "sampling": ({"do_sample": True, "num_beams": 1}, "packed", "it does not know sampling"),
-    "bfloat16": ({"compute_type": "bfloat16"}, "packed", "it computes in float32 or int8, not in bfloat16"),
-    "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "transformers", "output_attentions"),
-}
-
-
-@needs_compiler
-@pytest.mark.parametrize(("options", "name", "reason"), CHOICES.values(), ids=CHOICES.keys())
-def test_which_engine_decodes_and_why(lively_model, source, monkeypatch, options, name, reason):
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    model = lively_model(attention="eager")
-    model.generate(**source, **options, max_new_tokens=4)
-    assert model.last_engine.name == name
-    assert reason in model.last_engine.reason
 
 
 @needs_compiler

@@ -51,7 +51,7 @@ push_to_hub: true
 hub_always_push: true
 hub_model_id: NAME/trained
 """
-CODE = {path.name for path in (ROOT / "vanilla_transformer").glob("*_vanilla_transformer.py")}
+CODE = {path.name for path in (ROOT / "vanilla_transformer").glob("*.py")} - {"__init__.py"}
 CODE -= {"tokenization_vanilla_transformer.py"}  # learns a vocabulary; the one it learned is a file of JSON
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 DOCUMENTS = {"README.md", "metrics.json", "loss_curve.png", "recipe.yaml"}

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from vanilla_transformer.search_vanilla_transformer import top_of_rows
+from vanilla_transformer.decoding_beams import top_of_rows
 
 
 pytestmark = pytest.mark.usefixtures("packed_engine")

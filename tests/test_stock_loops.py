@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from stock_loops import PROCESSORS, differences, random_case
 
-from vanilla_transformer import search_vanilla_transformer as search
+from vanilla_transformer import decoding_job
 
 
 BLOCKS, SEEDS = 6, 10
@@ -41,21 +41,21 @@ def test_the_cases_are_of_all_kinds():
 
 # Small mistakes in our searches, by what is replaced.
 def another_length(monkeypatch):
-    penalty = search.Options.length_penalty
-    monkeypatch.setattr(search.Options, "length_penalty", lambda self, n, alpha: penalty(self, n + 1, alpha))
+    penalty = decoding_job.Options.length_penalty
+    monkeypatch.setattr(decoding_job.Options, "length_penalty", lambda self, n, alpha: penalty(self, n + 1, alpha))
 
 
 def an_end_too_many(monkeypatch):
-    is_eos = search._is_eos
-    monkeypatch.setattr(search, "_is_eos", lambda tokens, eos: is_eos(tokens, eos) | (tokens == 5))
+    is_eos = decoding_job.SearchJob.is_eos
+    monkeypatch.setattr(decoding_job.SearchJob, "is_eos", lambda job, tokens: is_eos(job, tokens) | (tokens == 5))
 
 
 def another_minimum(monkeypatch):
-    monkeypatch.setattr(search.SearchJob, "minimum_length", property(lambda self: 3))
+    monkeypatch.setattr(decoding_job.SearchJob, "minimum_length", property(lambda self: 3))
 
 
 def a_processor_left_out(monkeypatch):
-    monkeypatch.setattr(search, "_processed", lambda scores, ids, job: scores)
+    monkeypatch.setattr(decoding_job.SearchJob, "processed", lambda job, scores, ids: scores)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vanilla_transformer import VanillaTransformerConfig
-from vanilla_transformer.inference_vanilla_transformer import is_native
+from vanilla_transformer.engine_products import is_native
 
 from .errors import RecipeError, UserError
 from .options import OptionParser, plain, read_yaml, true_or_false, truth_or_text

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 
 Phrase = Sequence[int]
@@ -40,8 +40,8 @@ class ForbiddenPhrases(LogitsProcessor):
 
 class Progress(NamedTuple):
     """
-    How much of a sentence's phrases a hypothesis holds: whole ones by number, and what it ends with, if that is the
-    begin of others. No token counts for two phrases.
+    How much of a sentence's phrases a hypothesis holds: whole ones by number, and the partial phrase it ends with. No
+    token counts for two phrases.
     """
 
     met: frozenset[int] = frozenset()
@@ -56,13 +56,13 @@ class Progress(NamedTuple):
         return len(self.met) == len(phrases)
 
     def wanted(self, phrases: Sequence[Phrase]) -> set[int]:
-        """The tokens that bring it further."""
+        """The tokens that continue a phrase, or begin one."""
         return {phrases[number][len(self.begun)] for number in self._beginning_with(self.begun, phrases)}
 
     def after(self, token: int, phrases: Sequence[Phrase]) -> "Progress":
         """The progress after one more token."""
         tail = (*self.begun, token)
-        # What was begun goes on, or its end is the begin of a phrase (as Aho and Corasick search).
+        # The partial phrase goes on, or its end begins another (as Aho and Corasick search).
         for start in range(len(tail)):
             going_on = self._beginning_with(tail[start:], phrases)
             for number in going_on:
@@ -73,7 +73,7 @@ class Progress(NamedTuple):
         return Progress(self.met)
 
     def _beginning_with(self, begin: tuple[int, ...], phrases: Sequence[Phrase]) -> list[int]:
-        """The phrases that it lacks and that begin so."""
+        """The numbers of the phrases that it lacks and that begin like this."""
         return [
             number
             for number, phrase in enumerate(phrases)
@@ -190,3 +190,60 @@ class RequiredPhrases:
 def _filled(chosen: list[tuple[float, int, int]], k: int) -> list[tuple[float, int, int]]:
     """K candidates: those missing are worse than any."""
     return chosen + [(-2e9, 0, 0)] * (k - len(chosen))
+
+
+def checked_phrases(
+    name: str, phrases: Sequence | None, sentences: int, vocab_size: int
+) -> list[list[list[int]]] | None:
+    """
+    The phrases of this argument as lists, one for each of so many sentences.
+
+    Raises:
+        ValueError: there are lists for more or fewer sentences, a phrase is empty, or an id is outside the vocabulary.
+    """
+    if phrases is None:
+        return None
+    if len(phrases) != sentences:
+        raise ValueError(f"{name} has lists for {len(phrases)} sentences, but there are {sentences}")
+    for number, several in enumerate(phrases):
+        for phrase in several:
+            if not isinstance(phrase, (list, tuple)) or not phrase:
+                raise ValueError(f"{name}[{number}] holds {phrase!r}, which is not a list of one or more token ids")
+            for token in phrase:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(f"{name}[{number}] holds the token id {token}; ids go from 0 to {vocab_size - 1}")
+    return [[list(phrase) for phrase in several] for several in phrases]
+
+
+def refuse_impossible_phrases(required: list, forbidden: list | None, config: GenerationConfig) -> None:
+    """
+    Raises:
+        ValueError: the search is not a beam search, or no output can hold a required phrase.
+    """
+    if config.num_beams == 1 or config.do_sample or (config.num_beam_groups or 1) > 1:
+        raise ValueError("required_phrases needs beam search: num_beams above 1, without sampling or groups")
+    eos = config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    for number, phrase in ((number, phrase) for number, several in enumerate(required) for phrase in several):
+        if end := set(ends).intersection(phrase):
+            raise ValueError(f"required_phrases[{number}] holds {phrase} with {end.pop()}, which ends a sentence")
+        for other in forbidden[number] if forbidden is not None else []:
+            places = range(len(phrase) - len(other) + 1)
+            if any(phrase[place : place + len(other)] == other for place in places):
+                raise ValueError(
+                    f"required_phrases[{number}] holds {phrase}, of which forbidden_phrases[{number}] forbids {other}"
+                )
+
+
+def refuse_long_phrases(required: Sequence[Sequence[Phrase]], new_tokens: int) -> None:
+    """
+    Raises:
+        ValueError: a sentence's required phrases are longer than an output of so many new tokens.
+    """
+    for number, several in enumerate(required):
+        tokens = sum(len(phrase) for phrase in several)
+        if several and tokens + 1 > new_tokens:
+            raise ValueError(
+                f"required_phrases[{number}] holds {tokens} tokens, which with the end of the sentence do not fit into "
+                f"{new_tokens} new tokens: raise max_new_tokens or max_length"
+            )

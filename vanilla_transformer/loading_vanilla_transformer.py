@@ -52,16 +52,16 @@ class GuardedLoading:
 
 def refuse_lost_weights(model: Any) -> None:
     """
-    Looks for what a run that has diverged leaves, which decodes into nonsense.
+    Looks for what training that has diverged leaves behind.
 
     Raises:
-        ValueError: a parameter holds NaN or an infinity.
+        ValueError: the weights contain NaN or infinity.
     """
     for name, weight in model.named_parameters():
-        # Quantised ones are of classes of their own, which do not know the question.
+        # Quantised weights are of other classes, which have no isfinite().
         if type(weight) is Parameter and not (finite := weight.isfinite()).all():
             wrong = weight[~finite][0].item()
-            raise ValueError(f"{name} holds {wrong}: nothing can be decoded by weights that are no finite numbers")
+            raise ValueError(f"{name} holds {wrong}: take a checkpoint from before training diverged")
 
 
 def refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:

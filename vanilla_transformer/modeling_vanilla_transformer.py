@@ -31,8 +31,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
+from .engine_eligibility import is_unchanged, know
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
-from .inference_vanilla_transformer import is_unchanged, know
 from .loading_vanilla_transformer import GuardedLoading
 from .loss_vanilla_transformer import (
     OutputWithoutLogits,

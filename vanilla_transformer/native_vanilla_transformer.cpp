@@ -1,9 +1,9 @@
 // The network and its searches as one program, for generate(compiled=True): greedy and beam search on a CPU, in float32
 // or with products in 8 bits.
 //
-// It computes what inference_vanilla_transformer.py and search_vanilla_transformer.py compute, from the same weights,
-// without a call of torch for each product: in a small network those calls take longer than the products. No sum
-// depends on how many rows are computed together, so a sentence's output does not depend on its neighbours at all.
+// It computes what engine_packed.py and decoding_beams.py compute, from the same weights, without a call of torch for
+// each product: in a small network those calls take longer than the products. No sum depends on how many rows are
+// computed together, so a sentence's output does not depend on its neighbours at all.
 //
 // All threads run the same functions and share the work of each loop (`Team`). Sizes in the comments: d d_model, V
 // vocabulary, W beams of a sentence, K candidates. A row is a hypothesis, or in the encoder a source token.

@@ -13,9 +13,10 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.generation import GenerateEncoderDecoderOutput
 
-from .inference_vanilla_transformer import PositionTable, scaled_query, weight_and_bias
+from .decoding_beams import beam_outputs
+from .decoding_job import SearchJob
+from .engine_packed import PositionTable, scaled_query, weight_and_bias
 from .program_vanilla_transformer import Job, Sizes, Weight, load
-from .search_vanilla_transformer import SearchJob, beam_outputs
 
 
 COMPUTE_TYPES = ("float32", "int8")
@@ -29,35 +30,6 @@ _INTERPRETER = {
 }
 # What the program's functions return.
 _DONE, _INTERRUPTED, _NO_MEMORY, _NO_THREAD, _OUT_OF_RANGE = range(5)
-
-
-def why_not_compiled(compute_type: str, device: torch.device) -> str | None:
-    """Why the program cannot compute like this, in words; None if it can."""
-    if device.type != "cpu":
-        return f"it is for CPUs, and this model is on {device}"
-    if compute_type not in COMPUTE_TYPES:
-        return f"it computes in {' or '.join(COMPUTE_TYPES)}, not in {compute_type}"
-    return None
-
-
-def why_not_searched(model: Any, job: SearchJob) -> str | None:
-    """What of a model or a search the program does not know, in words; None if it knows all."""
-    config = job.config
-    activations = {type(layer.activation_fn) for layer in [*model.model.encoder.layers, *model.model.decoder.layers]}
-    learned = model.config.position_embedding_type == "learned"
-    unknown = {
-        f"the activation {' and '.join(sorted(kind.__name__ for kind in activations))}": len(activations) > 1
-        or not activations <= {*ACTIVATIONS},
-        "sampling": config.do_sample,
-        "groups of beams": (config.num_beam_groups or 1) > 1,
-        "a coverage penalty": job.options.coverage_penalty != 0.0,
-        "processors of scores other than a minimum length": job.minimum_length is None,
-        "phrases, criteria, streamers, or scores of each step": not job.may_leave,
-        "padded prefixes": job.prefix_mask is not None and not bool(job.prefix_mask.all()),
-        "outputs that may be longer than learned positions": learned
-        and config.max_length > model.config.max_position_embeddings,
-    }
-    return next((f"it does not know {name}" for name, wanted in unknown.items() if wanted), None)
 
 
 def _raise(outcome: int, message: str) -> None:
@@ -192,7 +164,7 @@ def _places(job: SearchJob, returned: int) -> dict[str, torch.Tensor]:
 
 
 def _weights_in_order(model: Any) -> Sequence[torch.Tensor | None]:
-    """As the program takes them: matrices and vectors; a norm that is missing is two None."""
+    """As the program takes them: matrices and vectors; an absent norm adds two None."""
     encoder, decoder = model.model.encoder, model.model.decoder
     weights: list[torch.Tensor | None] = []
 

@@ -6,7 +6,6 @@ length, and their translations are put together with the text's own white space.
 
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline, TextIteratorStreamer
 
 from .loading_vanilla_transformer import refuse_other_tokenizer, text_fault
+from .pipeline_sentences import as_one_sentence, space_after, split_sentences
 from .validation_vanilla_transformer import FLAG, GENERATION_OPTIONS, Rule, refuse_wrong_values, whole_number
 
 
@@ -56,85 +56,6 @@ OWN_OPTIONS = {
     "clean_up_tokenization_spaces": FLAG,
     "truncation": TRUNCATION,
 }
-
-# Unicode's Sentence_Terminal that end a sentence wherever they stand: Chinese and Japanese, Devanagari, Arabic,
-# Urdu, Armenian, Syriac, N'Ko, Ethiopic, Khmer, Myanmar, Mongolian.
-UNSPACED = "。｡！？﹖﹗।॥\u061f\u061e\u06d4։\u0700\u0701\u0702\u07f9።፧፨។៕။᠃᠉"
-# These do so before white space only, as they also stand in numbers and names, ...
-TERMINATORS = ".!?‼‽⁇⁈⁉．﹒" + UNSPACED
-# ... and with these between.
-CLOSING = "\"'’”»«“›‹)]}」』】〉》）］｝｠｣〕〗〙〛"
-OPENING = "\"'‘’“”„‚«»‹›([{¿¡「『"
-# A sentence does not begin with these (rule SB8a of UAX #29), nor with what closes.
-CONTINUING = ",;:-–—،、，；：)]}»›" + TERMINATORS
-NO_BREAK_SPACES = "\u00a0\u2007\u202f"
-# A word with its punctuation, or a stretch of unspaced text up to the end of a sentence; and the white space after it.
-_FULL_STOP = rf"(?:[{UNSPACED}]|[．﹒](?!\d))"
-_WORD = re.compile(rf"(\S*?{_FULL_STOP}++(?![{re.escape(TERMINATORS + CLOSING)}])|\S+)(\s*)")
-_LINE_BREAK = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
-# The full stop of these ends no sentence, though a capital letter follows: initials, ordinals, titles and the like. Two
-# sentences in one do less harm than one cut in two, but the list needs not be complete.
-_ABBREVIATION = re.compile(
-    r"""(?:[^\W\d_]\.)*[^\W\d_] | \d{1,2}
-    | Mr|Mrs|Ms|Mx|Dr|Prof|St|Mt|Gen|Col|Capt|Lt|Sgt|Rev|Hon|Gov|Sen|Rep|Fig|vs  # English
-    | Hr|Fr|Frl|Nr|Abs|bzw|ca|Mme|Mlle|Mgr|Sr|Sra|Srta|Ing|Sig|Dhr|Mevr          # other languages
-    """,
-    re.VERBOSE,
-)
-
-
-def split_sentences(text: str) -> list[tuple[str, str]]:
-    """
-    The sentences of a text, each with the white space that follows it.
-
-    A sentence ends at a line break; after `.`, `!`, `?` and closing quotes and brackets where white space follows, but
-    not before a small letter, nor after an initial, an abbreviation with inner full stops, a number of one or two
-    digits (`3. März`) or a title; and after the full stops of scripts that put no space behind them. This is the
-    sentence boundary of Unicode's UAX #29, made more careful of abbreviations. No-break spaces end nothing.
-
-    Returns:
-        Sentence and white space in turns: their concatenation is the text. White space that the text begins with
-        follows an empty sentence; no other sentence is empty.
-    """
-    start = len(text) - len(text.lstrip())
-    pieces = [("", text[:start])] if start else []
-    for match in _WORD.finditer(text, start):
-        word, space = match.groups()
-        following = text[match.end() : match.end() + 1]
-        if not following or _ends_sentence(word, space, following):
-            pieces.append((text[start : match.end(1)], space))
-            start = match.end()
-    return pieces
-
-
-def _ends_sentence(word: str, space: str, following: str) -> bool:
-    """Whether a sentence ends with this word, the white space after it, and the first character after that."""
-    if not space or _LINE_BREAK.search(space):
-        return True
-    # Georgian has no capital letters, though Unicode has its letters as small ones.
-    continues = following in CONTINUING or (following.islower() and not "\u10d0" <= following <= "\u10ff")
-    word = word.rstrip(CLOSING)
-    if continues or space[0] in NO_BREAK_SPACES or not word.endswith(tuple(TERMINATORS)):
-        return False
-    if not word.endswith(".") or word.endswith(".."):
-        return True
-    return not _ABBREVIATION.fullmatch(word[:-1].lstrip(OPENING))
-
-
-def _without_splitting(text: str) -> list[tuple[str, str]]:
-    """The same for a text that is one sentence."""
-    sentence = text.strip()
-    if not sentence:
-        return [("", text)] if text else []
-    before, _, after = text.partition(sentence)
-    return [("", before), (sentence, after)] if before else [(sentence, after)]
-
-
-def _space_after(translation: str, space: str) -> str:
-    """The white space before the next sentence: a blank where the source needed none, and the translation needs one."""
-    if space or not translation or translation.rstrip(CLOSING).endswith(tuple(UNSPACED)):
-        return space
-    return " "
 
 
 class TranslationPipeline(Pipeline):
@@ -216,7 +137,7 @@ class TranslationPipeline(Pipeline):
                 translation += piece
                 yield piece
             if number < len(prepared["pieces"]):
-                space = _space_after(translation, space)
+                space = space_after(translation, space)
             if space:
                 yield space
 
@@ -326,7 +247,7 @@ class TranslationPipeline(Pipeline):
 
     def preprocess(self, text: str, split: bool = True, truncation: bool | str = False) -> dict[str, list]:
         """Sentences with the white space after them (`pieces`), and the tokens of those that are not empty."""
-        pieces = split_sentences(text) if split else _without_splitting(text)
+        pieces = split_sentences(text) if split else as_one_sentence(text)
         sentences = [sentence for sentence, _ in pieces if sentence]
         cut = {"truncation": truncation, "max_length": self._longest_sentence()} if truncation else {}
         ids = self.tokenizer(sentences, return_attention_mask=False, **cut)["input_ids"] if sentences else []
@@ -384,7 +305,7 @@ class TranslationPipeline(Pipeline):
             text = ""
             for number, (sentence, space) in enumerate(pieces, start=1):
                 translation = next(sentences)[rank][0] if sentence else ""
-                text += translation + (_space_after(translation, space) if number < len(pieces) else space)
+                text += translation + (space_after(translation, space) if number < len(pieces) else space)
             record: dict[str, Any] = {"translation_text": text}
             if return_scores:
                 record["score"] = math.fsum(of[rank][1] for of in best)

@@ -24,8 +24,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from vanilla_transformer import generation_vanilla_transformer as generation
+from vanilla_transformer import (
+    VanillaTransformerConfig,
+    VanillaTransformerForConditionalGeneration,
+    decoding_call,
+    engine_choice,
+)
 from vanilla_transformer import native_vanilla_transformer as native
 from vanilla_transformer import program_vanilla_transformer as program
 
@@ -158,8 +162,8 @@ def record(model: Any, compute_type: str, calls: Iterable[dict[str, Any]], path:
     with (
         recorder.file,
         mock.patch.object(native, "load", return_value=recorder),
-        mock.patch.object(generation, "load", return_value=recorder),
-        mock.patch.object(generation, "copy_of", lambda _model, _parameters, *kind: made(*kind)),
+        mock.patch.object(engine_choice, "load", return_value=recorder),
+        mock.patch.object(decoding_call, "copy_of", lambda _model, _parameters, *kind: made(*kind)),
     ):
         for call in calls:
             with contextlib.suppress(Recorded):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vanilla_transformer.inference_vanilla_transformer import pack_linear
+from vanilla_transformer.engine_products import pack_linear
 from vanilla_transformer.operations_vanilla_transformer import linear
 from vanilla_transformer.training.machine import fastest, read_rate
 

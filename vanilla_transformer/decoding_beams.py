@@ -1,266 +1,23 @@
-"""Beam search, greedy search and sampling on packed networks: what `generate()` runs, with transformers' results.
+"""Beam search, beam sampling and diverse beam search on packed networks.
 
-The arithmetic is that of transformers' loops (`GenerationMixin._beam_search`, `_sample`), ties and all. Left out is
-what costs them most: a copy of everything for each beam, caches reordered at every step, and sentences that are
-computed long after they have ended. Sizes: B sentences, W beams, K candidates, S source and T target tokens,
-V vocabulary.
+The arithmetic is that of transformers' `GenerationMixin._beam_search`, ties and all. Left out is what costs its loop
+most: a copy of everything for each beam, caches reordered at every step, and sentences that are computed long after
+they have ended. Sizes: B sentences, W beams, K candidates, S source and T target tokens, V vocabulary.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerateBeamEncoderDecoderOutput,
-    GenerateEncoderDecoderOutput,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
-from transformers.generation import logits_process as processing
+from transformers.generation import GenerateBeamEncoderDecoderOutput
 
-from .constraints_vanilla_transformer import RequiredPhrases
-from .inference_vanilla_transformer import DecoderState, PackedTransformer, rows_of
+from .decoding_job import SearchJob
+from .decoding_steps import Decoder, StepRecord, worth_leaving
+from .engine_cache import rows_of
+from .engine_packed import PackedTransformer
 
 
 # As transformers has it: what is added to the score of what must never be chosen.
 NEVER = -1.0e9
-
-# These look at each row of scores by itself, so that sentences may leave the batch.
-ROW_BY_ROW = (
-    processing.NoBadWordsLogitsProcessor,
-    processing.NoRepeatNGramLogitsProcessor,
-    processing.ForcedBOSTokenLogitsProcessor,
-    processing.ForcedEOSTokenLogitsProcessor,
-    processing.SuppressTokensLogitsProcessor,
-    processing.SuppressTokensAtBeginLogitsProcessor,
-    processing.ExponentialDecayLengthPenalty,
-    processing.InfNanRemoveLogitsProcessor,
-    processing.LogitNormalization,
-)
-MINIMUM_LENGTH = (processing.MinLengthLogitsProcessor, processing.MinNewTokensLengthLogitsProcessor)
-
-
-class Options(NamedTuple):
-    """What our searches offer beyond transformers'. See `VanillaTransformerGenerationMixin.generate`."""
-
-    length_penalty_form: str = "power"
-    coverage_penalty: float = 0.0
-    required: RequiredPhrases | None = None
-
-    def length_penalty(self, length: int, exponent: float) -> float:
-        """What the log-probability of `length` tokens is divided by."""
-        return ((5 + length) / 6) ** exponent if self.length_penalty_form == "gnmt" else float(length) ** exponent
-
-
-@dataclass(frozen=True)
-class SearchJob:
-    """What transformers has prepared for a search."""
-
-    source: torch.Tensor  # [B, S]
-    source_mask: torch.Tensor | None  # [B, S]
-    input_ids: torch.Tensor  # [B, T]
-    prefix_mask: torch.Tensor | None  # [B, T]
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
-    streamer: Any
-    options: Options
-
-    @cached_property
-    def minimum_length(self) -> int | None:
-        """Tokens, prefix included, before which no output may end, if that is all that processors ask for."""
-        eos = self.config._eos_token_tensor
-        for processor in self.processors:
-            if type(processor) not in MINIMUM_LENGTH or eos is None or not torch.equal(processor.eos_token_id, eos):
-                return None
-        lengths = [0]
-        for processor in self.processors:
-            if isinstance(processor, processing.MinLengthLogitsProcessor):
-                lengths.append(processor.min_length)
-            else:
-                lengths.append(processor.prompt_length_to_skip + processor.min_new_tokens)
-        return max(lengths)
-
-    @cached_property
-    def ends_by_itself(self) -> bool:
-        """Whether outputs end only by an end-of-sentence token or their length."""
-        return all(self._is_ordinary(criterion) for criterion in self.criteria)
-
-    def _is_ordinary(self, criterion: Any) -> bool:
-        """Whether a criterion says what the generation config says: a user may have given one of another length."""
-        if type(criterion) is MaxLengthCriteria:
-            return criterion.max_length == self.config.max_length
-        eos = self.config._eos_token_tensor
-        return type(criterion) is EosTokenCriteria and eos is not None and torch.equal(criterion.eos_token_id, eos)
-
-    @property
-    def fill(self) -> int:
-        """What stands behind the end of an output."""
-        pad, eos = self.config._pad_token_tensor, self.config._eos_token_tensor
-        if self.config.num_beams == 1:
-            return int(pad) if pad is not None else 0
-        return -1 if eos is None else int(pad or eos[0])  # as transformers has it
-
-    @cached_property
-    def may_leave(self) -> bool:
-        """Whether sentences that have ended may leave the batch unnoticed."""
-        rows = all(type(processor) in ROW_BY_ROW + MINIMUM_LENGTH for processor in self.processors)
-        watched = self.config.output_scores or self.config.output_logits or self.streamer is not None
-        return rows and self.ends_by_itself and not watched and not self.config.do_sample and not self.options.required
-
-
-class _Decoder:
-    """All models of an ensemble, step by step; `width` beams, or independent outputs, of each sentence."""
-
-    def __init__(self, job: SearchJob, engines: list[PackedTransformer], width: int, beams: bool):
-        prefix, prefix_mask = job.input_ids, job.prefix_mask
-        padded = prefix_mask is not None and not bool(prefix_mask.all())
-        self.engines = engines
-        self.sentences = len(prefix)
-        self.states: list[DecoderState] = [
-            engine.start(engine.encode(job.source, job.source_mask), job.source_mask, width, beams, padded)
-            for engine in engines
-        ]
-        self.attended: torch.Tensor | None = None  # the sum over target tokens, [B, W, S]
-        self.watch_source = bool(job.options.coverage_penalty)
-        self._read_prefix(prefix, prefix_mask if padded else None, 1 if beams else width)
-
-    def _read_prefix(self, prefix: torch.Tensor, mask: torch.Tensor | None, width: int) -> None:
-        for column in range(prefix.shape[1] - 1):
-            tokens = prefix[:, column, None].expand(-1, width)
-            padding = None if mask is None else mask[:, column] == 0
-            for engine, state in zip(self.engines, self.states, strict=True):
-                position = state.position
-                engine.step(tokens, state, logits=False)
-                if padding is not None:
-                    state.target.hide_last(padding.repeat_interleave(len(state.target.keys[0]) // self.sentences))
-                    state.position = position + (~padding)[:, None].long()
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[B, W]` -> logits `[B, W, V]`; of an ensemble, the logarithm of the mean of its probabilities."""
-        record: list[torch.Tensor] | None = [] if self.watch_source else None
-        logits = [engine.step(tokens, state, record) for engine, state in zip(self.engines, self.states, strict=True)]
-        if record:
-            # A sentence's models may differ in heads, so each is averaged by itself first.
-            now = torch.stack([weights.mean(dim=1) for weights in record]).mean(dim=0)  # [B, W, S]
-            self.attended = now if self.attended is None else self.attended + now
-        if len(logits) == 1:
-            return logits[0]
-        mean = torch.stack([each.softmax(dim=-1) for each in logits]).mean(dim=0)
-        return mean.log()
-
-    def move_beams(self, parents: torch.Tensor) -> None:
-        """Each hypothesis becomes a child of the one that `parents` `[B, W]` names."""
-        for state in self.states:
-            state.target.move_beams(parents)
-        if self.attended is not None:
-            self.attended = self.attended.take_along_dim(parents[:, :, None], dim=1)
-
-    def keep(self, sentences: torch.Tensor) -> None:
-        """Drops all sentences but those named."""
-        for state in self.states:
-            state.keep(sentences)
-        if self.attended is not None:
-            self.attended = self.attended[sentences]
-        self.sentences = len(sentences)
-
-
-def _worth_leaving(finished: int, sentences: int) -> bool:
-    # Dropping sentences copies the caches of the others: that costs what an eighth of the batch does in a few steps.
-    return finished * 8 >= sentences
-
-
-class _Told:
-    """What the caller asked to be told of each step."""
-
-    def __init__(self, config: GenerationConfig):
-        self.logits: tuple[torch.Tensor, ...] | None = () if config.output_logits else None
-        self.scores: tuple[torch.Tensor, ...] | None = () if config.output_scores else None
-
-    def add_logits(self, logits: torch.Tensor) -> None:
-        """What the model gave, `[rows, V]`."""
-        if self.logits is not None:
-            self.logits += (logits.clone(),)
-
-    def add_scores(self, scores: torch.Tensor) -> None:
-        """What the choice was made by, `[rows, V]`."""
-        if self.scores is not None:
-            self.scores += (scores.clone(),)
-
-
-def search_rows(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tensor | GenerateEncoderDecoderOutput:
-    """Greedy search, or sampling `num_return_sequences` outputs of each sentence (transformers: `_sample`)."""
-    config, width, pad = job.config, job.config.num_return_sequences, job.config._pad_token_tensor
-    ids = job.input_ids.repeat_interleave(width, dim=0)  # [B * W, T]
-    longest = max(config.max_length, job.criteria.max_length or 0)  # a user's criterion may have another length
-    outputs = ids.new_full((len(ids), longest), job.fill)
-    rows = torch.arange(len(ids), device=ids.device)  # where each row of the batch stands in `outputs`
-    unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    decoder, told = _Decoder(job, engines, width, beams=False), _Told(config)
-    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in job.criteria)
-    while True:
-        # 1. score what may follow
-        logits = decoder.step(ids[:, -1].view(-1, width)).flatten(0, 1)  # [B * W, V]
-        told.add_logits(logits)
-        logits = _processed(logits, ids, job)
-        told.add_scores(logits)
-        # 2. choose
-        if config.do_sample:
-            chosen = torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            chosen = logits.argmax(dim=-1)
-        if has_eos:
-            chosen = torch.where(unfinished, chosen, pad)
-        ids = torch.cat([ids, chosen[:, None]], dim=1)
-        if job.streamer is not None:
-            job.streamer.put(chosen.cpu())
-        # 3. end
-        unfinished = unfinished & _may_go_on(ids, job, told.scores)
-        remaining = int(unfinished.sum())
-        some_leave = job.may_leave and _worth_leaving(len(rows) - remaining, len(rows))
-        if remaining == 0 or some_leave:
-            outputs[rows, : ids.shape[1]] = ids
-        if remaining == 0:
-            break
-        if some_leave:
-            kept = unfinished.nonzero().squeeze(1)
-            decoder.keep(kept)
-            rows, ids, unfinished = rows[kept], ids[kept], unfinished[kept]
-
-    if job.streamer is not None:
-        job.streamer.end()
-    outputs = outputs[:, : ids.shape[1]]
-    if not config.return_dict_in_generate:
-        return outputs
-    return GenerateEncoderDecoderOutput(sequences=outputs, scores=told.scores, logits=told.logits)
-
-
-def _may_go_on(ids: torch.Tensor, job: SearchJob, scores: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-    """Which outputs `[rows, T]` do not end with their last token."""
-    if not job.ends_by_itself:
-        return ~job.criteria(ids, scores)
-    if ids.shape[1] >= job.config.max_length:
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    return ~_is_eos(ids[:, -1], job.config._eos_token_tensor)
-
-
-def _is_eos(tokens: torch.Tensor, eos: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens end an output. `torch.isin` takes longer for the few that there are."""
-    if eos is None:
-        return torch.zeros_like(tokens, dtype=torch.bool)
-    return (tokens[..., None] == eos).any(dim=-1)
-
-
-def _processed(scores: torch.Tensor, ids: torch.Tensor, job: SearchJob) -> torch.Tensor:
-    """Scores `[rows, V]` after the processors; a mere minimum length is kept without the copies that they make."""
-    if job.minimum_length is None:
-        return job.processors(ids.clone(), scores)
-    if ids.shape[1] < job.minimum_length:
-        scores.index_fill_(1, job.config._eos_token_tensor, float("-inf"))
-    return scores
 
 
 # Below this the ordinary top-k is as fast.
@@ -343,7 +100,7 @@ class _Beams:
         self.scores = torch.zeros(rows, self.width, dtype=torch.float32, device=ids.device)
         # So that only the first beam is continued at first: they are all the same.
         self.scores[:, 1:] = NEVER
-        # For each row and step, the beam of the batch that it continued; kept only if it is to be told.
+        # For each row and step, the beam of the batch that it continued; kept only if the caller asked for it.
         self.lineage = ids.new_empty(rows, self.width, 0, dtype=torch.int32) if config.return_dict_in_generate else None
 
         self.finished = empty
@@ -401,7 +158,7 @@ class _Beams:
         for group in range(self.groups):
             penalised = log_probs[:, group] - self.config.diversity_penalty * chosen_before[:, None]
             candidates = _continuations(penalised, scores[:, group], self.k, do_sample=False)
-            scores_to_go_on = _sunk(candidates.scores, _is_eos(candidates.tokens, self.eos))
+            scores_to_go_on = _sunk(candidates.scores, self.job.is_eos(candidates.tokens))
             tokens = candidates.tokens.gather(1, scores_to_go_on.topk(self.width).indices)
             chosen_before.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=chosen_before.dtype))
             found.append(candidates)
@@ -413,7 +170,7 @@ class _Beams:
         if self.job.ends_by_itself:
             if self.length + 1 >= self.config.max_length:
                 return torch.ones_like(candidates.tokens, dtype=torch.bool)
-            return _is_eos(candidates.tokens, self.eos)
+            return self.job.is_eos(candidates.tokens)
         sequences = self._continued(self.running, candidates, candidates.tokens)
         return self.job.criteria(sequences.flatten(0, 1), scores_so_far).view(candidates.tokens.shape)
 
@@ -523,7 +280,7 @@ _STATES_OF_ROWS = (
 def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
     """Beam search, beam sampling and diverse beam search (transformers: `_beam_search`)."""
     config, width = job.config, job.config.num_beams
-    beams, decoder, told = _Beams(job), _Decoder(job, engines, width, beams=True), _Told(config)
+    beams, decoder, record = _Beams(job), Decoder(job, engines, width, beams=True), StepRecord(config)
     collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
     buffer = job.input_ids.new_empty(0, dtype=torch.float32)
     # Until the first choice a sentence has one hypothesis.
@@ -532,16 +289,16 @@ def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tens
         # 1. log-probabilities of what may follow
         logits = decoder.step(tokens)  # [B, 1 or W, V]
         logits = logits.expand(-1, width, -1).flatten(0, 1)  # [B * W, V]
-        told.add_logits(logits)
+        record.add_logits(logits)
         flat = beams.running.view(len(logits), -1)
         # Into the same memory at every step: getting it anew takes longer than filling it.
         buffer = buffer if buffer.shape == logits.shape else torch.empty_like(logits)
-        log_probs = _processed(torch.log_softmax(logits, dim=-1, out=buffer), flat, job)
-        told.add_scores(log_probs)
+        log_probs = job.processed(torch.log_softmax(logits, dim=-1, out=buffer), flat)
+        record.add_scores(log_probs)
         # 2. choose
         is_first = tokens.shape[1] == 1
         log_probs = log_probs.view(-1, width, log_probs.shape[1])
-        parents = beams.grow(log_probs, decoder.attended, told.scores)
+        parents = beams.grow(log_probs, decoder.attended, record.scores)
         done = beams.done_sentences()
         finished = int(done.sum())
         if finished == len(done):
@@ -549,17 +306,17 @@ def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tens
             break
         # 3. the finished leave, the others go on
         decoder.move_beams(torch.zeros_like(parents) if is_first and width > 1 else parents)
-        if job.may_leave and _worth_leaving(finished, len(done)):
+        if job.may_leave and worth_leaving(finished, len(done)):
             gone, kept = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
             collected.append((beams.sentences[gone], beams.results(gone)))
             beams.keep(kept)
             decoder.keep(kept)
         tokens = beams.running[:, :, -1].view(-1, width)
-    return _collected(job, collected, told)
+    return _collected(job, collected, record)
 
 
 def _collected(
-    job: SearchJob, collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]], told: _Told
+    job: SearchJob, collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]], record: StepRecord
 ) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
     """The results of all sentences in their first order, in transformers' form."""
     order = torch.cat([sentences for sentences, _ in collected]).argsort()
@@ -575,7 +332,7 @@ def _collected(
     assert lengths is not None
     result = beam_outputs(job, sequences, sequences_scores, lengths, lineage)
     if isinstance(result, GenerateBeamEncoderDecoderOutput):
-        result.scores, result.logits = told.scores, told.logits
+        result.scores, result.logits = record.scores, record.logits
     return result
 
 

@@ -1,0 +1,111 @@
+"""What one search is asked for, after transformers has prepared it: ids, lengths, processors, criteria, options."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import logits_process as processing
+
+from .constraints_vanilla_transformer import RequiredPhrases
+
+
+# These look at each row of scores by itself, so that sentences may leave the batch.
+ROW_BY_ROW = (
+    processing.NoBadWordsLogitsProcessor,
+    processing.NoRepeatNGramLogitsProcessor,
+    processing.ForcedBOSTokenLogitsProcessor,
+    processing.ForcedEOSTokenLogitsProcessor,
+    processing.SuppressTokensLogitsProcessor,
+    processing.SuppressTokensAtBeginLogitsProcessor,
+    processing.ExponentialDecayLengthPenalty,
+    processing.InfNanRemoveLogitsProcessor,
+    processing.LogitNormalization,
+)
+MINIMUM_LENGTH = (processing.MinLengthLogitsProcessor, processing.MinNewTokensLengthLogitsProcessor)
+
+
+class Options(NamedTuple):
+    """What our searches offer beyond those of transformers. See `VanillaTransformerGenerationMixin.generate`."""
+
+    length_penalty_form: str = "power"
+    coverage_penalty: float = 0.0
+    required: RequiredPhrases | None = None
+
+    def length_penalty(self, length: int, exponent: float) -> float:
+        """What the log-probability of `length` tokens is divided by."""
+        return ((5 + length) / 6) ** exponent if self.length_penalty_form == "gnmt" else float(length) ** exponent
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """What transformers has prepared for a search."""
+
+    source: torch.Tensor  # [B, S]
+    source_mask: torch.Tensor | None  # [B, S]
+    input_ids: torch.Tensor  # [B, T]
+    prefix_mask: torch.Tensor | None  # [B, T]
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    streamer: Any
+    options: Options
+
+    @cached_property
+    def minimum_length(self) -> int | None:
+        """Tokens, prefix included, before which no output may end, if that is all that processors ask for."""
+        eos = self.config._eos_token_tensor
+        for processor in self.processors:
+            if type(processor) not in MINIMUM_LENGTH or eos is None or not torch.equal(processor.eos_token_id, eos):
+                return None
+        lengths = [0]
+        for processor in self.processors:
+            if isinstance(processor, processing.MinLengthLogitsProcessor):
+                lengths.append(processor.min_length)
+            else:
+                lengths.append(processor.prompt_length_to_skip + processor.min_new_tokens)
+        return max(lengths)
+
+    @cached_property
+    def ends_by_itself(self) -> bool:
+        """Whether outputs end only by an end-of-sentence token or their length."""
+        return all(self._is_ordinary(criterion) for criterion in self.criteria)
+
+    def _is_ordinary(self, criterion: Any) -> bool:
+        """Whether a criterion says what the generation config says: a user may have given one of another length."""
+        if type(criterion) is MaxLengthCriteria:
+            return criterion.max_length == self.config.max_length
+        eos = self.config._eos_token_tensor
+        return type(criterion) is EosTokenCriteria and eos is not None and torch.equal(criterion.eos_token_id, eos)
+
+    @property
+    def fill(self) -> int:
+        """What stands behind the end of an output."""
+        pad, eos = self.config._pad_token_tensor, self.config._eos_token_tensor
+        if self.config.num_beams == 1:
+            return int(pad) if pad is not None else 0
+        return -1 if eos is None else int(pad or eos[0])  # as transformers has it
+
+    @cached_property
+    def may_leave(self) -> bool:
+        """Whether sentences that have ended may leave the batch unnoticed."""
+        rows = all(type(processor) in ROW_BY_ROW + MINIMUM_LENGTH for processor in self.processors)
+        watched = self.config.output_scores or self.config.output_logits or self.streamer is not None
+        return rows and self.ends_by_itself and not watched and not self.config.do_sample and not self.options.required
+
+    def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which tokens end an output. `torch.isin` takes longer for the few ids that end one."""
+        eos = self.config._eos_token_tensor
+        if eos is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return (tokens[..., None] == eos).any(dim=-1)
+
+    def processed(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Scores `[rows, V]` after the processors; a mere minimum length is kept without the copies that they make."""
+        if self.minimum_length is None:
+            return self.processors(ids.clone(), scores)
+        if ids.shape[1] < self.minimum_length:
+            scores.index_fill_(1, self.config._eos_token_tensor, float("-inf"))
+        return scores

@@ -1,0 +1,181 @@
+"""Products with weights, packed once for the matrix library that is fastest on this machine.
+
+On a CPU, weights are laid out as oneDNN (float32, bfloat16) or FBGEMM (int8) reads them. Elsewhere torch multiplies.
+"""
+
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .operations_vanilla_transformer import FEW_PRODUCTS
+
+
+COMPUTE_TYPES = ("float32", "bfloat16", "int8")
+# A product over fewer is not faster in int8, whose states must be rounded first and whose sums must be scaled.
+FEW_INPUTS = 512
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def pack_linear(
+    weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False, positive: bool = False
+) -> Product:
+    """
+    x W^T + b, of float32 states into float32 states, with the weights rounded to `compute_type`.
+
+    Args:
+        weight: `[out, in]`. bias: `[out]`.
+        compute_type: "float32"; "bfloat16", with sums in float32; or "int8": weights have 8 bits and a scale for each
+            output, states have 7 or 8 bits and a scale for each row, and sums are exact integers. Matrices with fewer
+            than `FEW_INPUTS` inputs stay float32. Where `is_native` says no, the rounded weights are multiplied in
+            float32.
+        relu: whether max(0, .) follows.
+        positive: whether no state is below 0; int8 then rounds them twice as finely.
+    """
+    if compute_type == "int8" and weight.shape[1] < FEW_INPUTS:
+        compute_type = "float32"
+    if not is_native(compute_type, weight.device):
+        weight, compute_type = _rounded(weight.float(), compute_type), "float32"
+    if compute_type == "int8":
+        return _int8_linear(weight.float(), bias.float(), relu, positive)
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return _plain_linear(weight, bias, compute_type, relu)
+    dtype = getattr(torch, compute_type)
+    packed, bias = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 64), bias.to(dtype)
+    product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
+    if dtype == torch.float32:
+        return _float32_linear(weight.float(), packed, bias, relu)
+    return lambda x: product(x.to(dtype), packed, bias, after, [], "").float()
+
+
+def is_native(compute_type: str, device: torch.device) -> bool:
+    """Whether this machine has instructions for products in this type: without them, float32 is fastest."""
+    if device.type != "cpu":
+        return compute_type != "int8"
+    if compute_type == "int8":
+        return "fbgemm" in torch.backends.quantized.supported_engines
+    if compute_type != "bfloat16":
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine() in ("aarch64", "arm64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # oneDNN computes bfloat16 on any AVX-512, but by float32. The capability is what ATEN_CPU_CAPABILITY leaves.
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _rounded(weight: torch.Tensor, compute_type: str) -> torch.Tensor:
+    """The float32 weights with the precision of another type."""
+    if compute_type == "int8":
+        scales = _scales(weight)[:, None]
+        return (weight / scales).round_().mul_(scales)
+    return weight.to(getattr(torch, compute_type)).float()
+
+
+def _scales(weight: torch.Tensor) -> torch.Tensor:
+    """What a step of 8 bits is worth for each output, `[out]`."""
+    return weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+
+
+def _float32_linear(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool) -> Product:
+    """By oneDNN; where there is little to multiply, without its overhead."""
+    product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
+    # A small matrix stays in the cache of a core, where the plain product reads it.
+    products = 8 * FEW_PRODUCTS if weight.numel() <= FEW_PRODUCTS // 2 else FEW_PRODUCTS
+    few = products // len(weight)
+    if few < weight.shape[1]:
+        return lambda x: product(x, packed, bias, after, [], "")
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > few:
+            return product(x, packed, bias, after, [], "")
+        return F.linear(x, weight, bias).relu_() if relu else F.linear(x, weight, bias)
+
+    return linear
+
+
+def _plain_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool) -> Product:
+    dtype = getattr(torch, compute_type)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if relu:
+        return lambda x: F.linear(x.to(dtype), weight, bias).relu_().float()
+    return lambda x: F.linear(x.to(dtype), weight, bias).float()
+
+
+def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool, positive: bool) -> Product:
+    """By FBGEMM, each row of states with a scale of its own, so that no row depends on the others of a call."""
+    packed, bits = _packed_in_8_bits(weight), _state_bits()
+    steps, zero = (2**bits - 1, 0) if positive else (2 ** (bits - 1) - 1, 2 ** (bits - 1))
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        # The product rounds all states alike: rows are brought to [-1, 1] before it, and back after it.
+        sizes = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+        x = torch.addcmul(bias, _int8_product(x / sizes, 1 / steps, zero, packed), sizes)
+        return x.relu_() if relu else x
+
+    return linear
+
+
+def _packed_in_8_bits(weight: torch.Tensor) -> Any:
+    """The weights `[out, in]` as FBGEMM reads them."""
+    with warnings.catch_warnings(), _packing_by_fbgemm():
+        warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
+        scales = _scales(weight).double()
+        quantized = torch.quantize_per_channel(
+            weight, scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8
+        )
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+# Of states, their scale and zero point, and packed weights.
+_int8_product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+
+@cache
+def _state_bits() -> int:
+    """
+    How many bits states may have so that sums are exact: 8, or 7 where FBGEMM adds two products in 16 bits (without
+    VNNI), which 2 * 255 * 127 does not fit into. Found by such a sum, so that instructions hidden from FBGEMM count.
+    """
+    inputs = 64
+    ones = torch.ones(1, inputs, dtype=torch.float32, device="cpu")
+    found = _int8_product(ones, 1 / 255, 0, _packed_in_8_bits(ones))
+    return 8 if abs(float(found) - inputs) < 0.01 else 7
+
+
+@contextmanager
+def _packing_by_fbgemm() -> Iterator[None]:
+    """Which library packs quantised weights is one setting for the process: it is put back."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> str:
+    """
+    What to compute in: as asked for; under autocast, autocast's dtype; else the model's own.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    device = model.device.type
+    if compute_type is None:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        if device == "cpu" and dtype == torch.float16:
+            dtype = torch.float32  # few CPUs compute in float16
+        return str(dtype).removeprefix("torch.")
+    if compute_type not in COMPUTE_TYPES:
+        raise ValueError(
+            f"compute_type={compute_type!r}: there is no such type; take one of {', '.join(COMPUTE_TYPES)}"
+        )
+    return compute_type

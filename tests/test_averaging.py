@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import TrainingArguments
-from vanilla_transformer.training.averaging import AveragingError, last_checkpoints, load_average
 from vanilla_transformer.training.errors import RecipeError, UserError
-from vanilla_transformer.training.trainer import TranslationTrainer, callbacks, score_translations
+from vanilla_transformer.training.loop.averaging import AveragingError, last_checkpoints, load_average
+from vanilla_transformer.training.loop.callbacks import callbacks
+from vanilla_transformer.training.loop.trainer import TranslationTrainer, score_translations
+from vanilla_transformer.training.settings.arguments import TrainingArguments
 from vanilla_transformer_commands import average as average_command
 
 

@@ -8,7 +8,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from vanilla_transformer.training.batching import BatchError, TokenBudgetBatches, batch_sizes
+from vanilla_transformer.training.data.batching import BatchError, TokenBudgetBatches, batch_sizes
 
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import DataArguments, TrainingArguments
-from vanilla_transformer.training.bpe_dropout import BpeDropout, BpeDropoutRows, word_lengths
-from vanilla_transformer.training.data import DataError, load_pairs, tokenize_pairs
-from vanilla_transformer.training.errors import RecipeError
-from vanilla_transformer.training.phrasebook import load_phrasebook
+from vanilla_transformer.training.data.bpe_dropout import BpeDropout, BpeDropoutRows, word_lengths
+from vanilla_transformer.training.data.pairs import load_pairs, tokenize_pairs
+from vanilla_transformer.training.data.phrasebook import load_phrasebook
+from vanilla_transformer.training.errors import DataError, RecipeError
+from vanilla_transformer.training.loop.trainer import TranslationTrainer
+from vanilla_transformer.training.settings.arguments import DataArguments, TrainingArguments
 from vanilla_transformer.training.train import main
-from vanilla_transformer.training.trainer import TranslationTrainer
 
 
 ODD_TEXTS = [

@@ -29,19 +29,15 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
-from vanilla_transformer.training.arguments import DataArguments, TrainingArguments
-from vanilla_transformer.training.bpe_dropout import BpeDropoutRows
-from vanilla_transformer.training.checkpointing import (
-    CheckpointError,
-    DivergenceError,
-    damage,
-    newest_checkpoint,
-    settle,
-)
-from vanilla_transformer.training.data import tokenize_pairs
+from vanilla_transformer.training.data.bpe_dropout import BpeDropoutRows
+from vanilla_transformer.training.data.pairs import tokenize_pairs
 from vanilla_transformer.training.errors import UserError
-from vanilla_transformer.training.train import checkpoint_to_resume
-from vanilla_transformer.training.trainer import TranslationTrainer, callbacks
+from vanilla_transformer.training.loop.callbacks import callbacks
+from vanilla_transformer.training.loop.checkpoints import CheckpointError, damage, newest_checkpoint, settle
+from vanilla_transformer.training.loop.resumable import DivergenceError
+from vanilla_transformer.training.loop.resuming import checkpoint_to_resume
+from vanilla_transformer.training.loop.trainer import TranslationTrainer
+from vanilla_transformer.training.settings.arguments import DataArguments, TrainingArguments
 
 
 KILLS = int(os.environ.get("KILLS", "3"))

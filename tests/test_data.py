@@ -10,16 +10,16 @@ import pytest
 from datasets import Dataset, Features, Translation
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import DataArguments
-from vanilla_transformer.training.data import (
-    DataError,
+from vanilla_transformer.training.data.filters import FilterReport
+from vanilla_transformer.training.data.pairs import (
     language_pair,
     load_pairs,
     read_lines,
     tokenize_pairs,
     training_texts,
 )
-from vanilla_transformer.training.filters import FilterReport
+from vanilla_transformer.training.errors import DataError
+from vanilla_transformer.training.settings.arguments import DataArguments
 
 
 SOURCES = ['a "quoted" house', "NA", "007"]

@@ -5,8 +5,8 @@ import torch
 from accelerate import PartialState
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training import machine, preflight
-from vanilla_transformer.training.evaluate import load_model
+from vanilla_transformer.training import machine
+from vanilla_transformer.training.saved_model import load_model
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_model_is_loaded_to_the_device_that_accelerate_names(meta_device, tiny
 
 @pytest.mark.parametrize(("kind", "has_own"), [("cpu", False), ("mps", False), ("cuda", True), ("xpu", True)])
 def test_memory_is_that_of_the_device_where_it_has_its_own(kind, has_own):
-    counts = preflight.memory_counts(torch.device(kind))
+    counts = machine.memory_counts(torch.device(kind))
     assert (counts is not None) == has_own
     if has_own:
         for name in ("mem_get_info", "max_memory_allocated", "reset_peak_memory_stats"):

@@ -11,7 +11,7 @@ import pytest
 
 import vanilla_transformer
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
-from vanilla_transformer.training.arguments import parse_recipe
+from vanilla_transformer.training.settings.recipe import parse_recipe
 from vanilla_transformer_commands import ready_help
 from vanilla_transformer_commands.main import COMMANDS as COMMANDS_OF_PROGRAM
 
@@ -31,7 +31,7 @@ TRAIN = [line for line in COMMANDS if TRAIN_PROGRAM.search(line) and "[" not in 
 PROGRAMS = {
     "train": ["-m", "vanilla_transformer.training.train"],
     "evaluate": ["-m", "vanilla_transformer.training.evaluate"],
-    "phrasebook": ["-m", "vanilla_transformer.training.phrasebook"],
+    "phrasebook": ["-m", "vanilla_transformer.training.data.phrasebook"],
     **{path.stem: [str(path)] for path in sorted((ROOT / "scripts").glob("*.py"))},
 }
 
@@ -106,7 +106,7 @@ def test_help_says_how_a_program_is_used(program):
 
 def test_the_tree_of_the_readme_names_every_module():
     tree = README.split("## The tree")[1]
-    modules = [*(ROOT / "vanilla_transformer").glob("*.py"), *(ROOT / "training").glob("*.py")]
+    modules = [*(ROOT / "vanilla_transformer").glob("*.py"), *(ROOT / "training").rglob("*.py")]
     modules += [*(ROOT / "scripts" / "vanilla_transformer_commands").rglob("*.py")]
     missing = [path.name for path in modules if not path.name.startswith("__") and path.name not in tree]
     assert not missing

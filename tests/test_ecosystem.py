@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import TrainingArguments
 from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.metrics import TranslationMetrics
+from vanilla_transformer.training.settings.arguments import TrainingArguments
 
 
 # How much of a model may stay in memory, as options of `from_pretrained`, and where the rest is.

@@ -14,7 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.training.errors import UserError
-from vanilla_transformer.training.evaluate import main, translate
+from vanilla_transformer.training.evaluate import main
+from vanilla_transformer.training.translator import translate
 
 
 TEXTS = ["ban dor kis", "lut mén ban", "dos", "kin lur bas dot"]

@@ -6,8 +6,7 @@ import pytest
 from babel import Locale
 from datasets import Dataset, IterableDataset
 
-from vanilla_transformer.training.arguments import DataArguments
-from vanilla_transformer.training.filters import (
+from vanilla_transformer.training.data.filters import (
     Duplicates,
     FilterReport,
     filter_rows,
@@ -17,6 +16,7 @@ from vanilla_transformer.training.filters import (
     ratio_limit,
     text_tests,
 )
+from vanilla_transformer.training.settings.arguments import DataArguments
 
 
 # Right text that holds pairs of characters like those of UTF-8 in Windows-1252.

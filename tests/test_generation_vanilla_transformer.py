@@ -427,7 +427,8 @@ class TestSettingsOfTorch:
 SIXTEEN_BITS = """
 import copy, json, sys, torch
 from transformers import AutoModelForSeq2SeqLM
-from vanilla_transformer.training.evaluate import read_model, translate
+from vanilla_transformer.training.saved_model import read_model
+from vanilla_transformer.training.translator import translate
 
 found, texts = {}, ["ab c", "c", "b a b"]
 inputs = torch.tensor(json.loads(sys.argv[2]))

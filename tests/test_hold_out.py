@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from vanilla_transformer.training.arguments import parse_recipe
-from vanilla_transformer.training.data import ENCODED, hold_out
-from vanilla_transformer.training.preflight import PreflightError, check_inputs, require
+from vanilla_transformer.training.checks.inputs import check_inputs
+from vanilla_transformer.training.data.pairs import ENCODED, hold_out
+from vanilla_transformer.training.findings import PreflightError, require
+from vanilla_transformer.training.settings.recipe import parse_recipe
 from vanilla_transformer.training.train import main, prepare
 
 

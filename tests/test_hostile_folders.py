@@ -22,12 +22,12 @@ from transformers import AutoModelForSeq2SeqLM, BertConfig, pipeline
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
 from vanilla_transformer.training import evaluate, train
-from vanilla_transformer.training.arguments import TrainingArguments
-from vanilla_transformer.training.checkpointing import CheckpointError, damage, seal
 from vanilla_transformer.training.errors import RecipeError, UserError
-from vanilla_transformer.training.evaluate import load_model
+from vanilla_transformer.training.loop.checkpoints import CheckpointError, damage, seal
+from vanilla_transformer.training.loop.resuming import checkpoint_to_resume
 from vanilla_transformer.training.program import run_program
-from vanilla_transformer.training.train import checkpoint_to_resume
+from vanilla_transformer.training.saved_model import load_model
+from vanilla_transformer.training.settings.arguments import TrainingArguments
 from vanilla_transformer_commands import average
 
 

@@ -123,6 +123,13 @@ def test_training_does_not_import_commands():
     assert forbidden(TRAINING, but=None, imported=COMMANDS) == []
 
 
+def test_a_folder_of_training_imports_only_those_before_it():
+    folders = [f"{TRAINING}.{name}" for name in ("settings", "data", "publishing", "loop", "checks")]
+    for number, folder in enumerate(folders):
+        for later in (*folders[number + 1 :], f"{TRAINING}.results", f"{TRAINING}.train", f"{TRAINING}.evaluate"):
+            assert forbidden(folder, but=None, imported=later) == []
+
+
 def test_no_modules_import_each_other_in_a_circle_when_they_are_loaded():
     graph: dict[str, set[str]] = {name: set() for name in SOURCES}
     for found in IMPORTS:

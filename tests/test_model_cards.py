@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from vanilla_transformer.training.arguments import RECIPES, parse_recipe
 from vanilla_transformer.training.machine import processor
-from vanilla_transformer.training.metrics import TranslationMetrics
-from vanilla_transformer.training.report import METRICS, CardError, model_card, read_card
+from vanilla_transformer.training.metrics import TITLES, TranslationMetrics
+from vanilla_transformer.training.publishing.audit import CardError, read_card
+from vanilla_transformer.training.publishing.card import model_card
+from vanilla_transformer.training.settings.recipe import RECIPES, parse_recipe
 
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
@@ -32,7 +33,7 @@ class TestEachCard:
     def test_its_figures_are_those_of_its_metrics(self, path):
         card, scores = read_card(path, metrics_of(path)), metrics_of(path)["scores"]
         results = {result.metric_type: result for result in card.data.eval_results}
-        assert set(results) == set(METRICS)
+        assert set(results) == set(TITLES)
         for name, result in results.items():
             assert result.metric_value == round(scores[name], 2)
             assert result.metric_config == scores.get(f"{name}_signature")
@@ -45,7 +46,7 @@ class TestEachCard:
         assert data["library_name"] == "transformers"
         assert data["pipeline_tag"] == "translation"
         assert "translation" in data["tags"]
-        assert data["metrics"] == list(METRICS)
+        assert data["metrics"] == list(TITLES)
         assert [model["name"] for model in data["model-index"]] == [path.stem]
 
     def test_it_stands_beside_its_recipe_and_picture(self, path):

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vanilla_transformer.training.arguments import DataArguments
-from vanilla_transformer.training.data import DataError, load_pairs
-from vanilla_transformer.training.streaming import open_stream
+from vanilla_transformer.training.data.pairs import load_pairs
+from vanilla_transformer.training.data.streaming import open_stream
+from vanilla_transformer.training.errors import DataError
+from vanilla_transformer.training.settings.arguments import DataArguments
 
 
 ROWS = [{"source": f"s{number}", "target": f"t{number}"} for number in range(3)]

@@ -21,18 +21,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
 from vanilla_transformer.training import train
-from vanilla_transformer.training.arguments import (
-    REFUSED,
-    DataArguments,
-    TokenizerArguments,
-    parse_recipe,
-    read_recipe,
-    recipe_parser,
-)
+from vanilla_transformer.training.checks.inputs import check_inputs
+from vanilla_transformer.training.checks.plan import check_plan
+from vanilla_transformer.training.data.rows import prepare_data
 from vanilla_transformer.training.errors import RecipeError, UserError
-from vanilla_transformer.training.options import plain
-from vanilla_transformer.training.preflight import check_inputs, check_plan, require
+from vanilla_transformer.training.findings import require
 from vanilla_transformer.training.program import REFUSED_BY_SYSTEM
+from vanilla_transformer.training.settings.arguments import DataArguments, TokenizerArguments
+from vanilla_transformer.training.settings.options import as_yaml, plain
+from vanilla_transformer.training.settings.recipe import parse_recipe, read_recipe, recipe_parser
+from vanilla_transformer.training.settings.rules import REFUSED
 
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -81,7 +79,7 @@ def prepared(tmp_path_factory) -> tuple:
     """The data of the recipe, for fields that have no part in it."""
     folder = tmp_path_factory.mktemp("prepared")
     write_data(folder)
-    return train.prepare_data(parse_recipe(recipe_with(folder)))
+    return prepare_data(parse_recipe(recipe_with(folder)))
 
 
 def write_data(folder: Path) -> None:
@@ -273,7 +271,7 @@ def test_a_value_is_what_the_fields_type_says(line, tmp_path):
     assert read == {name: LINES[line]}
     assert type(read[name]) is type(LINES[line])
     # As the run's own recipe has it, which repeats the run.
-    (tmp_path / "b.yaml").write_text(train.as_yaml({name: plain(read[name])}))
+    (tmp_path / "b.yaml").write_text(as_yaml({name: plain(read[name])}))
     assert read_recipe(str(tmp_path / "b.yaml"), None, PARSER) == read
 
 
@@ -296,7 +294,7 @@ def test_keys_are_merged_as_yaml_has_it(tmp_path):
 def test_a_run_writes_whole_numbers_as_it_was_told_and_languages_as_text(folder):
     argv = recipe_with(folder, warmup_steps=600, eval_steps=2, num_train_epochs=3, target_lang="no", weight_decay=0.5)
     recipe = parse_recipe([*argv, "--logging_steps", "100", "--debug", "underflow_overflow"])
-    text = train.as_yaml(recipe.given)
+    text = as_yaml(recipe.given)
     for line in ("warmup_steps: 600", "eval_steps: 2", "logging_steps: 100", "target_lang: 'no'", "weight_decay: 0.5"):
         assert f"\n{line}\n" in f"\n{text}"
     (folder / "again.yaml").write_text(text)

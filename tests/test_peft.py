@@ -21,12 +21,16 @@ from transformers import (
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.engine_eligibility import inspect_model
 from vanilla_transformer.loss_vanilla_transformer import label_smoothed_cross_entropy
-from vanilla_transformer.training.adapters import add_adapters
-from vanilla_transformer.training.arguments import TrainingArguments, parse_recipe
 from vanilla_transformer.training.errors import RecipeError
-from vanilla_transformer.training.evaluate import load_model, score_texts, translate
-from vanilla_transformer.training.train import build_model, main
-from vanilla_transformer.training.trainer import TranslationTrainer
+from vanilla_transformer.training.loop.adapters import add_adapters
+from vanilla_transformer.training.loop.network import build_model
+from vanilla_transformer.training.loop.trainer import TranslationTrainer
+from vanilla_transformer.training.metrics import score_texts
+from vanilla_transformer.training.saved_model import load_model
+from vanilla_transformer.training.settings.arguments import TrainingArguments
+from vanilla_transformer.training.settings.recipe import parse_recipe
+from vanilla_transformer.training.train import main
+from vanilla_transformer.training.translator import translate
 
 
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "lm_head"]

@@ -16,7 +16,7 @@ from babel.dates import format_date, format_datetime, format_skeleton, format_ti
 from babel.lists import format_list
 from babel.numbers import format_currency, format_decimal
 
-from vanilla_transformer.training.phrasebook import load_phrasebook, main
+from vanilla_transformer.training.data.phrasebook import load_phrasebook, main
 
 
 SPLITS = ("train", "validation", "test")
@@ -254,7 +254,7 @@ def test_a_bad_argument_is_named_with_its_value_and_what_would_be_right(argument
 
 
 def test_the_command_prints_examples_of_every_kind():
-    command = [sys.executable, "-m", "vanilla_transformer.training.phrasebook", "en-ja", "--per-kind", "2"]
+    command = [sys.executable, "-m", "vanilla_transformer.training.data.phrasebook", "en-ja", "--per-kind", "2"]
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
     lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     assert Counter(line.split()[0] for line in lines) == dict.fromkeys(KINDS, 2)

@@ -15,13 +15,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from vanilla_transformer.training import preflight
-from vanilla_transformer.training.arguments import TrainingArguments, parse_recipe
-from vanilla_transformer.training.data import load_pairs, tokenize_pairs
+from vanilla_transformer.training.checks import plan as planning
+from vanilla_transformer.training.checks.inputs import check_inputs
+from vanilla_transformer.training.checks.plan import check_memory, check_plan
+from vanilla_transformer.training.checks.prepared import Run
+from vanilla_transformer.training.checks.rehearsal import measure
+from vanilla_transformer.training.data.pairs import load_pairs, tokenize_pairs
+from vanilla_transformer.training.data.phrasebook import load_phrasebook
+from vanilla_transformer.training.data.rows import learn_tokenizer
 from vanilla_transformer.training.errors import RecipeError
-from vanilla_transformer.training.phrasebook import load_phrasebook
-from vanilla_transformer.training.preflight import PreflightError, Run, check_inputs, check_memory, check_plan, measure
-from vanilla_transformer.training.train import build_model, build_trainer, learn_tokenizer, main
+from vanilla_transformer.training.findings import PreflightError
+from vanilla_transformer.training.loop.network import build_model
+from vanilla_transformer.training.settings.arguments import TrainingArguments
+from vanilla_transformer.training.settings.recipe import parse_recipe
+from vanilla_transformer.training.train import build_trainer, main
 
 
 NETWORK = """
@@ -133,7 +140,7 @@ def test_the_plan_counts_what_the_batches_hold(prepare):
     for strategy in ("token_budget", "random"):
         run = prepare("--train_sampling_strategy", strategy, "--gradient_accumulation_steps", "2")
         trainer = build_trainer(run.recipe, run.model, run.tokenizer, run.rows)
-        plan = preflight.make_plan(run, trainer)
+        plan = planning.make_plan(run, trainer)
         batches = list(trainer.get_train_dataloader())
         sources = sum(batch["attention_mask"].sum().item() for batch in batches)
         targets = sum(batch["labels"].ne(-100).sum().item() for batch in batches)
@@ -149,7 +156,7 @@ def test_looking_at_random_batches_does_not_change_what_is_drawn_later(prepare):
     run = prepare("--train_sampling_strategy", "random")
     trainer = build_trainer(run.recipe, run.model, run.tokenizer, run.rows)
     before = torch.get_rng_state()
-    preflight.make_plan(run, trainer)
+    planning.make_plan(run, trainer)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -281,7 +288,7 @@ def test_what_is_hardly_meant_is_a_warning_that_names_the_field(prepare, argv, m
     ("bf16", "factor", "verdict"), [("true", 24, "warning"), ("true", 0.6, "ok"), ("false", 24, None)]
 )
 def test_bfloat16_that_is_slower_than_float32_is_a_warning(prepare, monkeypatch, bf16, factor, verdict):
-    monkeypatch.setattr(preflight, "time_product", lambda *sizes, bf16: factor if bf16 else 1)
+    monkeypatch.setattr(planning, "time_product", lambda *sizes, bf16: factor if bf16 else 1)
     found = [finding for finding in plan_findings(prepare("--bf16", bf16)) if finding.topic == "precision"]
     assert [finding.verdict for finding in found] == ([verdict] if verdict else [])
     assert all(f"takes {factor} times as long in bfloat16 as in float32" in finding.text for finding in found)
@@ -289,7 +296,7 @@ def test_bfloat16_that_is_slower_than_float32_is_a_warning(prepare, monkeypatch,
 
 def test_timing_products_draws_no_random_numbers():
     before = torch.get_rng_state()
-    assert preflight.time_product(8, 16, 32, torch.device("cpu"), bf16=True) > 0
+    assert planning.time_product(8, 16, 32, torch.device("cpu"), bf16=True) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from vanilla_transformer.training import evaluate
 from vanilla_transformer.training.errors import UserError
+from vanilla_transformer.training.files import new_folder
 from vanilla_transformer.training.program import EXTRAS, run_program
-from vanilla_transformer.training.report import new_folder
 from vanilla_transformer_commands import average, convert, export, tokenizer, translate
 from vanilla_transformer_commands.benchmark import command as benchmark
 
@@ -249,7 +249,7 @@ def test_a_folder_that_is_written_is_whole_or_not_there(tmp_path):
 
 
 def test_the_phrasebook_is_printed_in_any_encoding():
-    command = [sys.executable, "-m", "vanilla_transformer.training.phrasebook", "en-ja", "--per-kind", "1"]
+    command = [sys.executable, "-m", "vanilla_transformer.training.data.phrasebook", "en-ja", "--per-kind", "1"]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     run = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert (run.returncode, run.stderr) == (0, b"")

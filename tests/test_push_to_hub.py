@@ -16,10 +16,11 @@ from huggingface_hub import constants
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from vanilla_transformer.training.arguments import TrainingArguments
 from vanilla_transformer.training.errors import RecipeError
-from vanilla_transformer.training.evaluate import translate
-from vanilla_transformer.training.hub import HubError, public, push_checkpoint, push_run, stage
+from vanilla_transformer.training.publishing.hub import HubError, push_checkpoint, push_run, stage
+from vanilla_transformer.training.settings.arguments import TrainingArguments
+from vanilla_transformer.training.settings.recipe import public
+from vanilla_transformer.training.translator import translate
 
 
 ROOT = Path(__file__).parents[1]

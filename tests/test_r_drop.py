@@ -16,10 +16,10 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
-from vanilla_transformer.training import r_drop
-from vanilla_transformer.training.arguments import TrainingArguments
-from vanilla_transformer.training.r_drop import symmetric_divergence
-from vanilla_transformer.training.trainer import TranslationTrainer
+from vanilla_transformer.training.loop import r_drop
+from vanilla_transformer.training.loop.r_drop import symmetric_divergence
+from vanilla_transformer.training.loop.trainer import TranslationTrainer
+from vanilla_transformer.training.settings.arguments import TrainingArguments
 
 
 def make_trainer(model, folder, **options) -> TranslationTrainer:

@@ -10,17 +10,13 @@ import torch
 import yaml
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from vanilla_transformer.training import arguments
-from vanilla_transformer.training.arguments import (
-    LIMITS,
-    RECIPES,
-    DataArguments,
-    ModelArguments,
-    RecipeError,
-    parse_recipe,
-)
-from vanilla_transformer.training.data import DataError, load_pairs
+from vanilla_transformer.training.data.pairs import load_pairs
+from vanilla_transformer.training.errors import DataError, RecipeError
 from vanilla_transformer.training.evaluate import EvaluationArguments
+from vanilla_transformer.training.settings import recipe as reading
+from vanilla_transformer.training.settings.arguments import DataArguments, ModelArguments
+from vanilla_transformer.training.settings.recipe import RECIPES, parse_recipe
+from vanilla_transformer.training.settings.rules import LIMITS
 
 
 FILES = sorted(path.name for path in RECIPES.glob("*.yaml"))
@@ -92,7 +88,7 @@ def test_what_was_given_is_a_recipe_that_gives_the_same(tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_auto_is_what_the_machine_has_instructions_for(fast, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments, "is_native", lambda compute_type, device: fast)
+    monkeypatch.setattr(reading, "is_native", lambda compute_type, device: fast)
     for recipe in ("multi30k_en_de_tiny.yaml", "multi30k_en_de_rdrop.yaml"):
         told = parse_recipe([recipe, "--use_cpu", "--output_dir", str(tmp_path)])
         assert told.training.bf16 is told.given["bf16"] is fast  # the run's own recipe says which it was
@@ -104,7 +100,7 @@ def test_bf16_auto_is_what_the_machine_has_instructions_for(fast, tmp_path, monk
 @pytest.mark.parametrize("began", [True, False])
 @pytest.mark.parametrize("resume", ["last", "{run}/checkpoint-7"])
 def test_bf16_auto_of_a_run_that_is_resumed_is_what_it_began_with(began, resume, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments, "is_native", lambda compute_type, device: not began)
+    monkeypatch.setattr(reading, "is_native", lambda compute_type, device: not began)
     argv = ["multi30k_en_de_tiny.yaml", "--use_cpu", "--output_dir", str(tmp_path)]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"bf16": began, "max_steps": 9}))
     told = parse_recipe([*argv, "--resume_from_checkpoint", resume.format(run=tmp_path)])

@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from test_training import write_recipe
 
-from vanilla_transformer.training import resuming
-from vanilla_transformer.training.arguments import parse_recipe, recipe_parser
-from vanilla_transformer.training.checkpointing import DATA_NAME, damage
 from vanilla_transformer.training.errors import RecipeError, UserError
-from vanilla_transformer.training.preflight import PreflightError
-from vanilla_transformer.training.resuming import MAY_CHANGE, fingerprint, refuse_changes
+from vanilla_transformer.training.findings import PreflightError
+from vanilla_transformer.training.loop import resuming
+from vanilla_transformer.training.loop.checkpoints import DATA_NAME, damage
+from vanilla_transformer.training.loop.resuming import MAY_CHANGE, fingerprint, refuse_changes
+from vanilla_transformer.training.settings.recipe import parse_recipe, recipe_parser
 from vanilla_transformer.training.train import main, prepare
 
 

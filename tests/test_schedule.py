@@ -4,8 +4,9 @@ import pytest
 from datasets import Dataset
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import parse_recipe
-from vanilla_transformer.training.train import build_model, build_trainer
+from vanilla_transformer.training.loop.network import build_model
+from vanilla_transformer.training.settings.recipe import parse_recipe
+from vanilla_transformer.training.train import build_trainer
 
 
 ONE_LAYER = "--encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 8 --decoder_ffn_dim 8 --bf16 false"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vanilla_transformer import minimum_bayes_risk, to_pharaoh, train_tokenizer, word_alignment
 from vanilla_transformer.scoring_vanilla_transformer import sentence_chrf
-from vanilla_transformer.training.report import draw_alignment
+from vanilla_transformer.training.publishing.pictures import draw_alignment
 
 
 @pytest.fixture

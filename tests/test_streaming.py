@@ -18,11 +18,12 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForSeq2Seq
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import DataArguments, TrainingArguments, parse_recipe
-from vanilla_transformer.training.data import DataError, load_pairs
-from vanilla_transformer.training.errors import RecipeError
-from vanilla_transformer.training.streaming import StreamedBatches, open_stream
-from vanilla_transformer.training.trainer import TranslationTrainer
+from vanilla_transformer.training.data.pairs import load_pairs
+from vanilla_transformer.training.data.streaming import StreamedBatches, open_stream
+from vanilla_transformer.training.errors import DataError, RecipeError
+from vanilla_transformer.training.loop.trainer import TranslationTrainer
+from vanilla_transformer.training.settings.arguments import DataArguments, TrainingArguments
+from vanilla_transformer.training.settings.recipe import parse_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +196,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, tokenizer):
 def test_what_is_left_out_is_counted(tokenizer, caplog):
     pairs = [("ein", "eins"), ("zwei", " "), ("drei", "drei " * 30), ("vier", "vier")]
     batches = make(tokenizer, open_rows(pairs), length=3, max_target_length=20)
-    with caplog.at_level("INFO", "vanilla_transformer.training.streaming"):
+    with caplog.at_level("INFO", "vanilla_transformer.training.data.streaming"):
         assert set(passes(batches, tokenizer)[0]) == {pairs[0], pairs[3]}
     assert "of 4 rows left out: 1 for an empty side, 1 for more than max_target_length=20 tokens" in caplog.text
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.bpe_dropout import BpeDropout, word_lengths
+from vanilla_transformer.training.data.bpe_dropout import BpeDropout, word_lengths
 
 
 SENTENCES = [

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Tokenizer, pipeline
 
 import vanilla_transformer  # noqa: F401  registers the Auto classes
-from vanilla_transformer.training.arguments import parse_recipe
-from vanilla_transformer.training.train import main, new_model
+from vanilla_transformer.training.loop.network import new_model
+from vanilla_transformer.training.settings.recipe import parse_recipe
+from vanilla_transformer.training.train import main
 
 
 PAIRS = [(f"{first} {second}", f"{second} {first}") for first in "abcd" for second in "efgh"]

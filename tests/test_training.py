@@ -19,10 +19,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSe
 from transformers.trainer_pt_utils import LabelSmoother
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import TrainingArguments
-from vanilla_transformer.training.evaluate import translate
-from vanilla_transformer.training.phrasebook import load_phrasebook
-from vanilla_transformer.training.trainer import TranslationTrainer
+from vanilla_transformer.training.data.phrasebook import load_phrasebook
+from vanilla_transformer.training.loop.trainer import TranslationTrainer
+from vanilla_transformer.training.settings.arguments import TrainingArguments
+from vanilla_transformer.training.translator import translate
 
 
 ROOT = Path(__file__).parents[1]

@@ -25,15 +25,15 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianConfig, Mar
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
 from vanilla_transformer.training.errors import UserError
-from vanilla_transformer.training.evaluate import encode, translate_rows
 from vanilla_transformer.training.program import run_program
+from vanilla_transformer.training.translator import encode, translate_rows
 from vanilla_transformer_commands import translate as SCRIPT
 
 
 PROGRAM = [sys.executable, "-m", "vanilla_transformer_commands", "translate"]
 # Forks of a process that has everything imported and computes nothing: OpenMP's threads are not forked with it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vanilla_transformer.training.evaluate", "accelerate", "pytest", "hypothesis"])
+FORKS.set_forkserver_preload(["vanilla_transformer.training.translator", "accelerate", "pytest", "hypothesis"])
 WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu", "mé") for last in ("n", "r", "s", "t")]
 SIZES = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -185,7 +185,7 @@ def test_memory_holds_two_windows_at_most(folder, tmp_path, monkeypatch):
             Line.held -= 1
 
     monkeypatch.setattr(
-        "vanilla_transformer.training.data.read_lines", lambda path: (Line(f"ban {i % 10}") for i in range(200))
+        "vanilla_transformer.training.data.pairs.read_lines", lambda path: (Line(f"ban {i % 10}") for i in range(200))
     )
     SCRIPT.main([*command(folder, tmp_path, [], *OPTIONS), "--window", "10"])
     assert len(written(tmp_path / "out.txt")) == 200
@@ -433,7 +433,7 @@ MISTAKES = {
     "no model": (["./nowhere"], "cannot load the model './nowhere'"),
     "no input": (["MODEL", "--input", "./nowhere"], "./nowhere: No such file"),
     "no folder for the output": (["MODEL", "--output", "./no/where"], "output=no/where: there is no folder no"),
-    "an output that is no file": (["MODEL", "--output", "/dev/null"], "output=/dev/null is no file"),
+    "an output that is no file": (["MODEL", "--output", "/dev/null"], "output=/dev/null is not a file"),
     "no tokens": (["MODEL", "--batch_tokens", "0"], "batch_tokens=0 must be at least 1"),
     "no lines": (["MODEL", "--window", "-1"], "window=-1 must be at least 1"),
     "scores without a beam": (["MODEL", "--scores", "--num_beams", "1"], "--scores and --n_best need --num_beams 2"),

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RecipeError(UserError):
     """A recipe or a command line that cannot be followed."""
+
+
+class DataError(UserError):
+    """Data that cannot be used: where it is (file, row, column), what was found, and what would be right."""

@@ -1,12 +1,16 @@
-"""The machine in words, for model cards, benchmarks and the head of a test run; and its two limits, as measured."""
+"""The machine: in words, for model cards and benchmarks; how fast it reads memory; and how much memory it has."""
 
 import os
 import platform
 import re
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 
@@ -76,3 +80,21 @@ def fastest(work: Callable[[], object], seconds: float = 0.5) -> float:
         work()
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of an accelerator that has its own, or of the machine."""
+    counts = memory_counts(device)
+    return counts.mem_get_info(device)[1] if counts else psutil.virtual_memory().total
+
+
+def memory_counts(device: torch.device) -> Any:
+    """torch's module for a device that counts memory of its own (CUDA, XPU); None where it is the machine's."""
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "mem_get_info") else None
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -8,6 +8,8 @@ import evaluate
 import sacrebleu
 
 
+# The scores, by the names that cards and pictures give them.
+TITLES = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "exact_match": "Exact match"}
 DESCRIPTION = "Corpus-level BLEU, chrF and TER by sacrebleu, and the share of predictions equal to their reference."
 CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018."
 INPUTS = """
@@ -55,3 +57,21 @@ class TranslationMetrics(evaluate.Metric):
         equal = sum(prediction == reference for prediction, reference in zip(predictions, references, strict=True))
         scores["exact_match"] = 100 * equal / len(references)
         return scores
+
+
+def score_texts(predictions: list[str], references: list[str], bleu_tokenize: str) -> dict:
+    """BLEU, chrF, TER, exact match and signatures of translations against the true text."""
+    return TranslationMetrics().compute(predictions=predictions, references=references, tokenize=bleu_tokenize)
+
+
+def format_scores(scores: dict) -> str:
+    """The scores as lines to print."""
+    lines = [
+        f"{name:>12} {value:6.2f}   {scores.get(f'{name}_signature', '')}" for name, value in numbers(scores).items()
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def numbers(scores: dict) -> dict[str, float]:
+    """The scores themselves, without the signatures."""
+    return {name: value for name, value in scores.items() if not isinstance(value, str)}

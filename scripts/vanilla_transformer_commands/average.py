@@ -23,9 +23,9 @@ def main(argv: list[str]) -> None:
     """Chooses, loads, averages, writes."""
     arguments = build_parser().parse_args(argv)
     # Imported here, so that --help answers at once.
-    from vanilla_transformer.training.averaging import load_average, refuse_different
-    from vanilla_transformer.training.evaluate import load_model
-    from vanilla_transformer.training.report import new_folder
+    from vanilla_transformer.training.files import new_folder
+    from vanilla_transformer.training.loop.averaging import load_average, refuse_different
+    from vanilla_transformer.training.saved_model import load_model
 
     checkpoints = chosen(arguments)
     refuse_different(checkpoints)
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 def chosen(arguments: argparse.Namespace) -> list[Path]:
     """The checkpoints that the command line names, or the last ones of the run that it names."""
-    from vanilla_transformer.training.averaging import AveragingError, last_checkpoints
+    from vanilla_transformer.training.loop.averaging import AveragingError, last_checkpoints
 
     if arguments.last is None:
         return arguments.checkpoints

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
     from vanilla_transformer.loading_vanilla_transformer import refuse_other_tokenizer
     from vanilla_transformer.training.errors import UserError
-    from vanilla_transformer.training.report import new_folder
+    from vanilla_transformer.training.files import new_folder
 
     if not arguments.source.exists():
         raise UserError(f"{arguments.source}: there is no such file or folder")
@@ -106,7 +106,7 @@ def read_transformers(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, 
 
     from vanilla_transformer.conversion.fsmt import from_fsmt
     from vanilla_transformer.conversion.marian import from_marian
-    from vanilla_transformer.training.evaluate import load_tokenizer, refuse_other_weights
+    from vanilla_transformer.training.saved_model import load_tokenizer, refuse_other_weights
 
     kinds: dict[str, Any] = {
         "marian": (MarianMTModel, from_marian),
@@ -140,7 +140,7 @@ def read_torch(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrai
     """A state dict, with what the command line says of it."""
     from vanilla_transformer.conversion.checkpoints import read_pickle, read_safetensors
     from vanilla_transformer.conversion.torch_transformer import from_torch_transformer
-    from vanilla_transformer.training.evaluate import load_tokenizer
+    from vanilla_transformer.training.saved_model import load_tokenizer
 
     for name in ("tokenizer", "heads", "source_embedding"):
         if getattr(arguments, name) is None:

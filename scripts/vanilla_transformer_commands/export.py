@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     # Imported here, so that --help answers at once.
     from vanilla_transformer.training.errors import UserError
-    from vanilla_transformer.training.evaluate import load_model
-    from vanilla_transformer.training.report import new_folder
+    from vanilla_transformer.training.files import new_folder
+    from vanilla_transformer.training.saved_model import load_model
 
     refuse(arguments)
     with new_folder("output", arguments.output) as folder:

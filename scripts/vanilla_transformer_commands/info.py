@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     """Loads the model, and prints a line for each thing worth knowing."""
     arguments = build_parser().parse_args(argv)
     # Imported here, so that --help answers at once.
-    from vanilla_transformer.training.evaluate import load_model
     from vanilla_transformer.training.machine import machine
+    from vanilla_transformer.training.saved_model import load_model
 
     model, tokenizer = load_model(arguments.model)
     config, decoding = model.config, model.generation_config

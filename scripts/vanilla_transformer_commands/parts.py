@@ -3,13 +3,12 @@
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from vanilla_transformer.training.errors import UserError
-from vanilla_transformer.training.report import to_disk, write_beside
+from vanilla_transformer.training.files import beside, write_beside
 
 
 # How many of the lines that a warning is about it names.
@@ -110,15 +109,12 @@ class Parts:
             How many lines ran into the greatest length, and the first of them.
         """
         total, first = 0, list[int]()
-        beside = Path(f"{self.output}.part")
-        with open(beside, "wb") as whole:
+        with beside(self.output) as joined, open(joined, "wb") as whole:
             for number in range(count):
                 with open(self._path(number), "rb") as part:
                     unfinished = json.loads(part.readline())["unfinished"]
                     shutil.copyfileobj(part, whole)
                 total, first = total + len(unfinished), (first + unfinished)[:NAMED]
-            to_disk(whole)
-        os.replace(beside, self.output)
         self.settings.unlink()
         shutil.rmtree(self.folder)
         return total, first

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     """Checks and pushes."""
     arguments = build_parser().parse_args(argv)
     # Imported here, so that --help answers at once.
-    from vanilla_transformer.training.hub import push_run
+    from vanilla_transformer.training.publishing.hub import push_run
 
     pushed = push_run(arguments.run, arguments.repo_id, arguments.private or None, arguments.revision)
     print(f"{arguments.run} is at {pushed.repo_url}, revision {pushed.oid}")

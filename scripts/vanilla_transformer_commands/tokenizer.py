@@ -9,11 +9,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.arguments import DataArguments, TokenizerArguments
-from vanilla_transformer.training.data import DataError, load_pairs, training_texts
-from vanilla_transformer.training.errors import UserError
-from vanilla_transformer.training.options import OptionParser
-from vanilla_transformer.training.report import make_sure_of_folder
+from vanilla_transformer.training.data.pairs import load_pairs, training_texts
+from vanilla_transformer.training.errors import DataError, UserError
+from vanilla_transformer.training.files import make_sure_of_folder
+from vanilla_transformer.training.settings.arguments import DataArguments, TokenizerArguments
+from vanilla_transformer.training.settings.options import OptionParser
 
 
 @dataclass

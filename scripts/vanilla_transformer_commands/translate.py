@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import PartialState
 
-    from vanilla_transformer.training.data import read_lines
+    from vanilla_transformer.training.data.pairs import read_lines
 
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     refuse_impossible(arguments, processes.num_processes)
@@ -85,9 +85,9 @@ def refuse_impossible(arguments: argparse.Namespace, num_processes: int) -> None
     Raises:
         UserError: an option has no sense, or does not go with the others; or there is nowhere to read from or write to.
     """
-    from vanilla_transformer.training.arguments import check_numbers
     from vanilla_transformer.training.errors import UserError
-    from vanilla_transformer.training.report import make_sure_of_file
+    from vanilla_transformer.training.files import make_sure_of_file
+    from vanilla_transformer.training.settings.rules import check_numbers
 
     check_numbers(arguments, UserError)
     if arguments.output != "-":
@@ -130,7 +130,7 @@ class Translator:
         from tqdm.auto import tqdm
 
         from vanilla_transformer.training.errors import UserError
-        from vanilla_transformer.training.evaluate import load_model
+        from vanilla_transformer.training.saved_model import load_model
 
         self.arguments = arguments
         self.model, self.tokenizer = load_model(arguments.model)
@@ -161,7 +161,7 @@ class Translator:
 
     def lines(self) -> Iterator[list[str]]:
         """The windows of the input."""
-        from vanilla_transformer.training.data import read_lines
+        from vanilla_transformer.training.data.pairs import read_lines
 
         return windows(read_lines(self.arguments.input), self.arguments.window)
 
@@ -175,7 +175,7 @@ class Translator:
         Raises:
             DataError: a line is longer than learned positions reach.
         """
-        from vanilla_transformer.training.evaluate import encode, translate_rows
+        from vanilla_transformer.training.translator import encode, translate_rows
 
         name = "standard input" if self.arguments.input == "-" else self.arguments.input
         first = number * self.arguments.window

@@ -6,7 +6,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tens
 from transformers import AutoModelForSeq2SeqLM, GenerationMixin, TorchAoConfig
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.evaluate import load_model, translate
+from vanilla_transformer.training.saved_model import load_model
+from vanilla_transformer.training.translator import translate
 
 
 # Wide enough that the weights are most of the file.

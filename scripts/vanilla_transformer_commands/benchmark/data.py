@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from vanilla_transformer.tokenization_vanilla_transformer import SPECIAL_TOKENS
-from vanilla_transformer.training.data import ENCODED, load_pairs, tokenize_pairs
-from vanilla_transformer.training.train import learn_tokenizer
+from vanilla_transformer.training.data.pairs import ENCODED, load_pairs, tokenize_pairs
+from vanilla_transformer.training.data.rows import learn_tokenizer
 
 from .cells import GPU_FACTOR, LENGTH, SENTENCES
 from .recipes import parse

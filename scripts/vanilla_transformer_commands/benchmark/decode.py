@@ -11,11 +11,11 @@ from transformers import set_seed
 
 from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2
 from vanilla_transformer.conversion.marian import to_marian
-from vanilla_transformer.training.data import load_pairs
+from vanilla_transformer.training.data.pairs import load_pairs
 from vanilla_transformer.training.errors import UserError
-from vanilla_transformer.training.evaluate import load_model
+from vanilla_transformer.training.loop.network import build_model
 from vanilla_transformer.training.machine import threads_of_processor
-from vanilla_transformer.training.train import build_model
+from vanilla_transformer.training.saved_model import load_model
 
 from .availability import leave_out, why_not_translated
 from .cells import SEARCHES

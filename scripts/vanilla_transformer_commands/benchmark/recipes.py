@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import SaveStrategy
 
-from vanilla_transformer.training.arguments import parse_recipe
+from vanilla_transformer.training.settings.recipe import parse_recipe
 
 from .cells import CELLS, GPU_FACTOR, LENGTH, SENTENCES
 

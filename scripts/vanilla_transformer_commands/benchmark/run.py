@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vanilla_transformer.training.errors import UserError
-from vanilla_transformer.training.report import make_sure_of_file, write_beside
+from vanilla_transformer.training.files import make_sure_of_file, write_beside
 
 
 def check_machine(options: argparse.Namespace) -> None:

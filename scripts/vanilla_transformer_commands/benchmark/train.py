@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from vanilla_transformer.conversion.marian import to_marian
 from vanilla_transformer.conversion.marian_npz import marian_options
 from vanilla_transformer.training.errors import UserError
+from vanilla_transformer.training.loop.network import build_model
 from vanilla_transformer.training.machine import machine
-from vanilla_transformer.training.train import build_model
 
 from .availability import leave_out, why_not_trained
 from .cells import CELLS

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from vanilla_transformer.conversion.marian import to_marian
-from vanilla_transformer.training.memory import hold_memory
-from vanilla_transformer.training.train import build_model, build_trainer
+from vanilla_transformer.training.loop.memory import hold_memory
+from vanilla_transformer.training.loop.network import build_model
+from vanilla_transformer.training.train import build_trainer
 
 from .contenders import Contender
 from .limits import training_flops

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, GenerationMixin
 
 from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
-from vanilla_transformer.training.evaluate import load_model, score_texts
+from vanilla_transformer.training.metrics import score_texts
+from vanilla_transformer.training.saved_model import load_model
 
 from .contenders import Contender
 from .meters import clock, memory, reset_peak

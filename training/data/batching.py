@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class BatchError(UserError):

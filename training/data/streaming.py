@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer.loading_vanilla_transformer import text_fault
 
-from .arguments import DataArguments
+from ..errors import DataError, UserError
+from ..settings.arguments import DataArguments
 from .batching import TokenBudgetBatches
-from .data import SIDES, DataError, choose_columns, expand_path, is_json_list, read, read_lines, require_eos, table_rows
-from .errors import UserError
 from .filters import Tests, find_fault, length_limits, ratio_limit, text_tests
+from .pairs import SIDES, choose_columns, expand_path, is_json_list, read, read_lines, require_eos, table_rows
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token, run_as_future
 from huggingface_hub.errors import (
@@ -32,11 +31,11 @@ from vanilla_transformer import (
     VanillaTransformerModel,
 )
 
-from .arguments import plain, read_recipe, recipe_parser
-from .errors import UserError
-from .evaluate import read_model
-from .options import as_yaml
-from .report import CardError, read_card
+from ..errors import UserError
+from ..saved_model import read_model
+from ..settings.options import as_yaml, plain
+from ..settings.recipe import public, read_recipe, recipe_parser
+from .audit import CardError, read_card
 
 
 logger = logging.getLogger(__name__)
@@ -45,9 +44,6 @@ CARD = "README.md"
 METRICS = "metrics.json"
 RECIPE = "recipe.yaml"
 DOCUMENTS = (CARD, METRICS, "loss_curve.png", RECIPE)
-# Fields of a recipe that hold paths; and those that hold a path or a name of the Hub.
-PATHS = ("output_dir", "data_dir", "train_file", "validation_file", "test_file", "fsdp_config", "deepspeed")
-PATHS_OR_NAMES = ("model", "tokenizer", "dataset")
 # Where an example of a card names the model that it loads.
 MODEL_NAME = re.compile(r'(from_pretrained\(|model=)"[^"]*"')
 
@@ -137,27 +133,6 @@ def stage(folder: Path, target: Path) -> None:
         recipe = read_recipe(str(folder / RECIPE), None, recipe_parser())
         shared = {name: plain(value) for name, value in public(recipe).items()}
         (target / RECIPE).write_text(as_yaml(shared), encoding="utf-8")
-
-
-def public(recipe: dict[str, Any]) -> dict[str, Any]:
-    """
-    A recipe as others may read it: paths by their last part, since the folders are of no use to them, and may tell
-    who has made the model, and of what.
-    """
-
-    def last(value: Any) -> Any:
-        if isinstance(value, list):
-            return [last(part) for part in value]
-        return value if str(value).startswith("{") else Path(value).name
-
-    local = {
-        name
-        for name in PATHS_OR_NAMES
-        if (value := recipe.get(name)) and (value.startswith(("/", ".", "~", "$")) or Path(value).exists())
-    }
-    return {
-        name: last(value) if value and (name in PATHS or name in local) else value for name, value in recipe.items()
-    }
 
 
 @contextmanager

@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from .arguments import DataArguments
-from .errors import RecipeError
+from ..errors import RecipeError
+from ..settings.arguments import DataArguments
 
 
 # The columns of a side's ids -> the columns of its words' lengths in tokens.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from .errors import UserError
+from ..errors import UserError
 
 
 EMA_NAME = "ema.safetensors"

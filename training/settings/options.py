@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .errors import RecipeError
+from ..errors import RecipeError
 
 
 class TextLoader(yaml.SafeLoader):

@@ -12,9 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .arguments import REFUSED, DataArguments, Recipe, read_recipe, recipe_of_run, recipe_parser
-from .data import ENCODED, expand_path
-from .errors import RecipeError
+from ..data.pairs import ENCODED, expand_path
+from ..errors import RecipeError
+from ..settings.arguments import DataArguments, TrainingArguments
+from ..settings.recipe import Recipe, read_recipe, recipe_of_run, recipe_parser
+from ..settings.rules import REFUSED
+from .checkpoints import damage, newest_checkpoint, settle
 
 
 logger = logging.getLogger(__name__)
@@ -69,12 +72,48 @@ def refuse_changes(recipe: Recipe) -> None:
             logger.info("from here on %s=%s; the run began with %s", name, now[name], began[name])
 
 
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """
+    The checkpoint to resume from: the one that the arguments name, or for "last" the newest whole one in the run's
+    folder. None for a new run, and for one that ended before its first checkpoint.
+
+    Raises:
+        RecipeError: there is none, or the run's folder holds another run that would be overwritten.
+        CheckpointError: none is whole.
+    """
+    run, asked = Path(args.output_dir), args.resume_from_checkpoint
+    begun = (run / "recipe.yaml").exists()
+    if asked is None:
+        if args.process_index == 0 and begun:
+            raise RecipeError(
+                f"output_dir={run} already holds a run: continue it by --resume_from_checkpoint last, or choose "
+                "another output_dir"
+            )
+        return None
+    if asked != "last":
+        if wrong := damage(Path(asked)):
+            raise RecipeError(f"resume_from_checkpoint={asked} is not a whole checkpoint: {wrong}")
+        refuse_model_alone(Path(asked))
+        return asked
+    with args.main_process_first(local=args.save_on_each_node, desc="looking for a checkpoint"):
+        if args.should_save and not args.check:
+            settle(run)
+    last = newest_checkpoint(run)
+    if last is None and not begun:
+        raise RecipeError(f"output_dir={run} holds no checkpoint to resume from")
+    if last is None:
+        logger.warning("output_dir=%s holds no checkpoint yet: the run begins again", run)
+        return None
+    refuse_model_alone(last)
+    return str(last)
+
+
 def refuse_model_alone(checkpoint: Path) -> None:
     """
     Raises:
-        RecipeError: the checkpoint was written with save_only_model=true, and nothing can go on from it as before.
+        RecipeError: the checkpoint was written with save_only_model=true, without what resuming needs.
     """
-    # Every process writes its own, with whatever optimizer.
+    # Every process writes one of these, whichever the optimizer is.
     if not any(checkpoint.glob("rng_state*.pth")):
         raise RecipeError(
             f"{checkpoint} holds the model alone (save_only_model=true), without the states of the optimizer and the "
@@ -84,8 +123,8 @@ def refuse_model_alone(checkpoint: Path) -> None:
 
 def fingerprint(data: DataArguments, tables: dict[str, pa.Table]) -> dict[str, str]:
     """
-    What of the data decides a run, wherever it lies: by split, the number and the checksum of the rows of ids; of a
-    stream, which nobody has read to its end, the names and sizes of the files.
+    Identifies the data of a run, wherever its files are: for each split the number of rows and a checksum of their ids;
+    for a stream, which has not been read to its end, the names and sizes of the files.
     """
     found = {split: _rows_in_words(table) for split, table in tables.items()}
     if data.streaming:

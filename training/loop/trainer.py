@@ -2,38 +2,34 @@
 
 import copy
 import dataclasses
-import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EvalPrediction
 from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.utils import PushInProgress
 
 from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
 
-from .arguments import TrainingArguments
+from ..data.batching import TokenBudgetBatches, token_budget
+from ..data.bpe_dropout import BpeDropoutRows
+from ..errors import RecipeError
+from ..metrics import TranslationMetrics, numbers
+from ..publishing.hub import create_repository, push_checkpoint, push_run
+from ..settings.rules import check_sharding
 from .averaging import ExponentialMean
-from .batching import TokenBudgetBatches, token_budget
-from .bpe_dropout import BpeDropoutRows
-from .checkpointing import CheckpointError, ResumableTrainer
-from .errors import RecipeError
-from .hub import create_repository, push_checkpoint, push_run
-from .metrics import TranslationMetrics
+from .checkpoints import CheckpointError
 from .r_drop import symmetric_divergence
-from .streaming import StreamedBatches
+from .streaming_trainer import StreamingTrainer
 
 
-class TranslationTrainer(ResumableTrainer):
+class TranslationTrainer(StreamingTrainer):
     """
     Trains as `Seq2SeqTrainer` does. Its evaluation loss is nats per target token over the whole set, where the stock
     loop averages over sentences the means of their batches, and its perplexity is reported beside it.
@@ -44,14 +40,9 @@ class TranslationTrainer(ResumableTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_sharding(self.args, self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self._batches = None
         decay = self.args.ema_decay
-        for name in ("ema_decay", "lora_rank"):
-            value = getattr(self.args, name)
-            if value is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                raise RecipeError(
-                    f"{name}={value} needs every process to hold the whole model: leave it out, or train without FSDP "
-                    "and DeepSpeed"
-                )
         self.ema = None if decay is None else ExponentialMean(decay)
         if self.ema:
             self.add_callback(self.ema)
@@ -74,57 +65,6 @@ class TranslationTrainer(ResumableTrainer):
         world = {"num_processes": self.args.world_size, "process_index": self.args.process_index}
         return token_budget(dataset, max_tokens, **world, **options)
 
-    def get_train_dataloader(self):
-        """A stream hands out this process's own batches: accelerate must not deal them among the processes again."""
-        if not isinstance(self.train_dataset, StreamedBatches):
-            return super().get_train_dataloader()
-
-        def collate(batch: dict[str, Any] | None) -> dict[str, Any] | None:
-            return batch and {**self.data_collator(batch["rows"]), "position": batch["position"]}
-
-        loader = DataLoader(
-            self.train_dataset, batch_size=None, collate_fn=collate, pin_memory=self.args.dataloader_pin_memory
-        )
-        return prepare_data_loader(
-            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-        )
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The stock method; of a stream's batches it remembers where they end, for the next checkpoint."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if isinstance(self.train_dataset, StreamedBatches):
-            for batch in batches:
-                self._position = batch.pop("position")
-        return batches, count
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """With this process's generators, its place in the stream."""
-        super()._save_rng_state(output_dir)
-        if isinstance(self.train_dataset, StreamedBatches):
-            position = self._position | {"processes": self.args.world_size}
-            self._position_file(output_dir).write_text(json.dumps(position), encoding="utf-8")
-
-    def _position_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint, f"stream_{self.args.process_index}.json")
-
-    def _resume_stream(self, checkpoint: str | None, skipped: int) -> None:
-        """
-        Goes on in the stream where the checkpoint was written.
-
-        Raises:
-            RecipeError: it was written by another number of processes, or by a run that did not stream.
-        """
-        if checkpoint is None or not skipped:
-            return
-        path = self._position_file(checkpoint)
-        position = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"processes": 0}
-        if position["processes"] != self.args.world_size:
-            raise RecipeError(
-                f"{checkpoint} was written by {position['processes']} streaming processes, and these are "
-                f"{self.args.world_size}: a stream resumes with as many"
-            )
-        self.train_dataset.resume(position, skipped)
-
     def get_test_dataloader(self, test_dataset):
         """The rows of `predict()` keep their order, since its predictions are matched with them."""
         return self._get_dataloader(
@@ -136,9 +76,7 @@ class TranslationTrainer(ResumableTrainer):
         # Resumed from the checkpoint at which it had stopped early.
         if self.control.should_training_stop:
             return
-        if isinstance(self.train_dataset, StreamedBatches):
-            self._resume_stream(kwargs["resume_from_checkpoint"], kwargs["steps_trained_in_current_epoch"])
-        elif self.args.train_sampling_strategy == "token_budget":
+        if self._batches is not None:
             self._batches.set_epoch(epoch)
         if isinstance(self.train_dataset, BpeDropoutRows):
             self.train_dataset.set_epoch(epoch)
@@ -332,31 +270,6 @@ class TranslationTrainer(ResumableTrainer):
         self.push_in_progress = PushInProgress([*under_way, job])
 
 
-class Clock(TrainerCallback):
-    """Adds the minutes of training so far to what is logged, so that curves can be drawn over time."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Starts the clock, for a run that resumes at the minutes it had reached."""
-        before = max((entry.get("minutes", 0) for entry in state.log_history), default=0)
-        self.started = time.monotonic() - 60 * before
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Stamps the entry."""
-        if state.log_history:
-            state.log_history[-1]["minutes"] = round((time.monotonic() - self.started) / 60, 3)
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """transformers' own, which counts on where a run resumes: the stock one begins again at 0."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Counts the evaluations since the best one."""
-        metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-        evaluated = [entry["step"] for entry in state.log_history if metric in entry]
-        self.early_stopping_patience_counter = sum(step > (state.best_global_step or 0) for step in evaluated)
-        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
-
-
 def score_translations(tokenizer, bleu_tokenize: str):
     """The `compute_metrics` of a Trainer: decodes generated and true ids, and scores the text."""
     metrics = TranslationMetrics()
@@ -367,13 +280,6 @@ def score_translations(tokenizer, bleu_tokenize: str):
             tokenizer.batch_decode(ids[rows].clip(min=0), skip_special_tokens=True)  # -100, the padding, becomes pad
             for ids in (prediction.predictions, prediction.label_ids)
         ]
-        scores = metrics.compute(predictions=texts[0], references=texts[1], tokenize=bleu_tokenize)
-        return {name: value for name, value in scores.items() if not isinstance(value, str)}
+        return numbers(metrics.compute(predictions=texts[0], references=texts[1], tokenize=bleu_tokenize))
 
     return compute_metrics
-
-
-def callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """The callbacks that the arguments ask for."""
-    patience = args.early_stopping_patience
-    return [Clock()] + ([EarlyStopping(patience)] if patience is not None else [])

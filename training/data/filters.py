@@ -13,7 +13,7 @@ import ftfy
 import numpy as np
 from datasets import Dataset
 
-from .arguments import DataArguments
+from ..settings.arguments import DataArguments
 
 
 # Reasons, in the words of the report -> tests of (source, target), or of their numbers of tokens.

@@ -8,7 +8,7 @@ What is asked can be answered: a target is always a function of its source. Year
 of two-digit years, both locales show the same fields and decimals, and where a source wording serves two forms ("May 7,
 2023" is long and medium in English) it belongs to the fuller one. No phrase occurs twice, on either side, in any split.
 
-Look at it:  python -m vanilla_transformer.training.phrasebook en-de
+Look at it:  python -m vanilla_transformer.training.data.phrasebook en-de
 """
 
 import argparse
@@ -390,6 +390,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from .program import run_program
+    from ..program import run_program
 
     run_program(lambda _: main(), [])

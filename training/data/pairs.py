@@ -26,9 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer.loading_vanilla_transformer import text_fault
 
-from .arguments import DataArguments, check_numbers
+from ..errors import DataError
+from ..settings.arguments import DataArguments
+from ..settings.rules import check_data
 from .bpe_dropout import WORDS, word_lengths
-from .errors import UserError
 from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
 
 
@@ -46,10 +47,6 @@ LEAST_STEP, MOST_HELD_OUT = 20, 1000
 LISTED = 300
 # Compact: 32 bits for a token, where the default of `datasets` takes 64.
 ENCODED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-
-
-class DataError(UserError):
-    """Data that cannot be used: where it is (file, row, column), what was found, and what would be right."""
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
@@ -109,7 +106,7 @@ def load_pairs(data: DataArguments, report: FilterReport | None = None) -> Datas
     Raises:
         DataError: see the message.
     """
-    _check_arguments(data)
+    check_data(data)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     splits = _load_dataset(data) if data.dataset else _load_files(data)
@@ -134,22 +131,6 @@ def training_texts(pairs: Dataset | datasets.IterableDataset) -> Iterator[str]:
     """Every source and every target, for train_tokenizer."""
     for batch in pairs.iter(batch_size=1000):
         yield from chain(batch["source"], batch["target"])
-
-
-def _check_arguments(data: DataArguments) -> None:
-    named = [name for name in ("train_file", "validation_file", "test_file") if getattr(data, name)]
-    if data.dataset and named:
-        raise DataError(f"dataset={data.dataset!r} and {named[0]} are both given: choose one source of data")
-    if not data.dataset and not named:
-        raise DataError("no data: give a dataset, or train_file, validation_file or test_file")
-    check_numbers(data, DataError)
-    if not 0 <= data.bpe_dropout <= 1:
-        raise DataError(f"bpe_dropout={data.bpe_dropout} must lie between 0 and 1: it is a probability")
-    if data.max_length_ratio is not None and not data.max_length_ratio >= 1:
-        raise DataError(
-            f"max_length_ratio={data.max_length_ratio} must be at least 1: it is the tokens of the longer side over "
-            "those of the shorter"
-        )
 
 
 def _in_memory(data: DataArguments) -> tuple[str, ...]:

@@ -1,0 +1,194 @@
+"""Says before the first update what would end a run later: what the text, the ids and the fields alone can tell."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
+
+from ..findings import Finding, error, ok, warning
+from ..loop.checkpoints import DATA_NAME
+from ..settings.rules import check_fields
+from .prepared import COLUMNS, SAMPLE, Lengths, Run, longest_rows
+
+
+# More than this share of a thing deserves a warning.
+MANY_UNKNOWN, TOO_MANY_UNKNOWN = 0.01, 0.2
+MANY_LEFT_OUT = 0.05
+
+
+def check_inputs(run: Run) -> list[Finding]:
+    """Findings on data, vocabulary, lengths, decoding and fields, before there is a Trainer."""
+    checks = (check_rows, check_resumption, check_vocabulary, check_lengths, check_decoding)
+    found = [finding for check in checks for finding in check(run)]
+    return [*found, *check_fields(run.recipe.training, has_validation="validation" in run.rows)]
+
+
+def check_rows(run: Run) -> Iterator[Finding]:
+    """How many rows there are for each split, and how many the limits on length leave out."""
+    data, args = run.recipe.data, run.recipe.training
+    counts = {split: len(rows) for split, rows in run.pairs.items() if isinstance(rows, Dataset)}
+    kept = {split: len(rows) for split, rows in run.rows.items() if isinstance(rows, Dataset)}
+    told = ", ".join(f"{count:,} {split}" for split, count in (counts | kept).items())
+    streamed = f"; train is streamed, and told from its first {SAMPLE:,}" if data.streaming else ""
+    yield ok("data", f"rows: {told}{streamed}")
+    for split, count in kept.items():
+        if count < args.world_size:
+            yield error(
+                "data",
+                f"{split}_file: {count} rows cannot be dealt to {args.world_size} processes: add data, or take fewer",
+            )
+    left_out = 1 - kept["train"] / counts["train"] if "train" in kept and "train" in counts else 0
+    if left_out > MANY_LEFT_OUT:
+        yield warning(
+            "data",
+            f"{left_out:.1%} of the training rows are longer than max_source_length={data.max_source_length} or "
+            f"max_target_length={data.max_target_length}, and left out: raise them, or learn more subwords",
+        )
+
+
+def check_resumption(run: Run) -> Iterator[Finding]:
+    """Whether a run that is resumed reads what it has read before."""
+    path = Path(run.checkpoint or "", DATA_NAME)
+    if run.checkpoint is None or not path.exists():
+        return
+    for split, before in json.loads(path.read_text(encoding="utf-8")).items():
+        if (now := run.data.get(split, before)) != before:
+            yield error(
+                "data",
+                f"{split}: {now}, but {run.checkpoint} is of a run with {before}: give the same data, or begin a new "
+                "run in another output_dir",
+            )
+
+
+def check_vocabulary(run: Run) -> Iterator[Finding]:
+    """Whether every id has its row in the embeddings and means one thing, and how much of the text is unknown."""
+    tokenizer, config = run.tokenizer, run.model.config
+    name = f"tokenizer={run.recipe.tokenizer.tokenizer}"
+    special = {part: getattr(tokenizer, f"{part}_token_id") for part in ("pad", "bos", "eos", "unk")}
+    numbers = ", ".join(f"{part} {number}" for part, number in special.items())
+    asked = run.recipe.tokenizer.vocab_size
+    few = "" if run.recipe.tokenizer.tokenizer or len(tokenizer) == asked else f" (the text holds no {asked:,})"
+    yield ok("vocabulary", f"{len(tokenizer):,} subwords{few}; {numbers}")
+
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        yield error(
+            "vocabulary",
+            f"{name} has {len(tokenizer)} subwords but numbers them up to {highest}, and the network has vocab_size="
+            f"{config.vocab_size}: number them without gaps",
+        )
+    for part in ("bos", "eos", "unk"):
+        if special[part] == special["pad"]:
+            yield error(
+                "vocabulary",
+                f"{name}: pad_token and {part}_token share the id {special['pad']}, and padding is never learned: "
+                "give the tokenizer a pad_token of its own",
+            )
+    if special["bos"] == special["eos"]:
+        yield warning("vocabulary", f"{name}: bos_token and eos_token share the id {special['eos']}")
+    for split, table in run.tables.items():
+        for side, column in COLUMNS.items():
+            yield from check_ids(f"{split} {side}", pc.list_flatten(table[column]), special["unk"], config.vocab_size)
+
+
+def check_ids(where: str, ids: pa.ChunkedArray, unknown: int | None, vocab_size: int) -> Iterator[Finding]:
+    """Whether all ids of a side have a row in the embeddings, and how many are the unknown token."""
+    lowest, highest = pc.min_max(ids).as_py().values()
+    if lowest < 0 or highest >= vocab_size:
+        yield error(
+            "vocabulary",
+            f"{where}: ids from {lowest} to {highest}, and vocab_size={vocab_size} has 0 to {vocab_size - 1}: take the "
+            "tokenizer that the network was made for",
+        )
+    share = 0.0 if unknown is None else pc.sum(pc.equal(ids, unknown)).as_py() / len(ids)
+    if share > MANY_UNKNOWN:
+        verdict = error if share > TOO_MANY_UNKNOWN else warning
+        yield verdict(
+            "vocabulary",
+            f"{where}: {share:.1%} of the tokens are unknown to the tokenizer: take one made for this language, or "
+            "leave tokenizer out to learn one",
+        )
+
+
+def check_lengths(run: Run) -> Iterator[Finding]:
+    """Whether the longest row fits into a batch, and its last token onto a learned position."""
+    args, lengths = run.recipe.training, run.lengths
+    sides = [
+        f"{side} {found.min()} to {found.max()} (mean {found.mean():.1f})" for side, found in lengths["train"].items()
+    ]
+    yield ok("lengths", f"tokens: {', '.join(sides)}")
+    budgets = {"train": "per_device_train_batch_tokens", "validation": "per_device_eval_batch_tokens"}
+    if args.train_sampling_strategy != "token_budget":
+        del budgets["train"]
+    for split, field in budgets.items():
+        if split in lengths and (found := longest_rows(lengths[split])).max() > getattr(args, field):
+            remedy = ", or leave longer rows out by max_source_length and max_target_length" if split == "train" else ""
+            yield error(
+                "lengths",
+                f"{split}, row {found.argmax() + 1}: {found.max()} tokens are more than a batch may hold, "
+                f"{field}={getattr(args, field)}: raise it{remedy}",
+            )
+    if run.model.config.position_embedding_type == "learned":
+        yield from check_positions(run)
+
+
+def check_positions(run: Run) -> Iterator[Finding]:
+    """Whether learned positions reach the end of every row, also of those that are translated after the training."""
+    limit = run.model.config.max_position_embeddings
+    longest = {split: longest_rows(found) for split, found in run.lengths.items()}
+    if "test" in run.pairs:
+        ids = run.tokenizer(list(run.pairs["test"]["source"]), return_attention_mask=False)["input_ids"]
+        longest["test"] = np.array([len(row) for row in ids])
+    for split, found in longest.items():
+        if found.max() > limit:
+            yield error(
+                "lengths",
+                f"{split}, row {found.argmax() + 1}: {found.max()} tokens, but learned positions reach "
+                f"max_position_embeddings={limit}: raise it, or set position_embedding_type=sinusoidal",
+            )
+
+
+def check_decoding(run: Run) -> Iterator[Finding]:
+    """Whether the generation config can be saved and used, and lets translations be as long as the references."""
+    generation, config, args = run.model.generation_config, run.model.config, run.recipe.training
+    limit = generation.max_new_tokens
+    told = f"{limit} tokens" if limit else f"the source's length + {MAX_EXTRA_TOKENS}"
+    yield ok(
+        "decoding",
+        f"num_beams={generation.num_beams} ({args.generation_num_beams} while training), at most {told}",
+    )
+    try:
+        # As strictly as when it is saved.
+        generation.validate(strict=True)
+    except ValueError as problem:
+        yield error("decoding", f"the generation config cannot be saved: {problem}")
+    if limit and config.position_embedding_type == "learned" and limit > config.max_position_embeddings:
+        yield error(
+            "decoding",
+            f"max_new_tokens={limit} goes beyond the learned positions, max_position_embeddings="
+            f"{config.max_position_embeddings}: lower the one or raise the other",
+        )
+    if "validation" in run.lengths:
+        yield from check_cuts(limit, args.generation_max_length, run.lengths["validation"])
+
+
+def check_cuts(max_new_tokens: int | None, max_length: int | None, lengths: Lengths) -> Iterator[Finding]:
+    """Whether a limit on the length of translations cuts what should be as long as the references."""
+    most: Any = max_new_tokens or lengths["source"] + MAX_EXTRA_TOKENS
+    # transformers counts the decoder's start in max_length.
+    limits = {"max_new_tokens": most, "generation_max_length": max_length and max_length - 1}
+    for name, limit in limits.items():
+        if limit is not None and (cut := (lengths["target"] > limit).sum()):
+            yield warning(
+                "decoding",
+                f"{name}={max_new_tokens if name == 'max_new_tokens' else max_length} cuts {cut:,} of "
+                f"{len(lengths['target']):,} validation translations, the longest of {lengths['target'].max()} tokens: "
+                "raise it",
+            )

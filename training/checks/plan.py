@@ -1,0 +1,230 @@
+"""What a run will do, and what it needs: batches, updates, checkpoints, disk and memory, before the first update."""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import convert_bytes
+from transformers import PreTrainedModel
+
+from vanilla_transformer.operations_vanilla_transformer import linear
+
+from ..data.batching import TokenBudgetBatches
+from ..data.bpe_dropout import BpeDropoutRows
+from ..findings import Finding, error, ok, warning
+from ..loop.trainer import TranslationTrainer
+from ..machine import machine, memory_of
+from ..settings.arguments import TrainingArguments
+from .prepared import COLUMNS, Lengths, Run
+
+
+logger = logging.getLogger(__name__)
+
+# More than this share of a thing deserves a warning.
+MUCH_PADDING = 0.2
+NEARLY_FULL = 0.9
+# Rows on which bfloat16 is timed, at most: where it is emulated, more would take long.
+MOST_TIMED = 256
+MUCH_SLOWER = 1.3
+
+
+class Plan(NamedTuple):
+    """What the run will do. Tokens are those of one update in all processes, without padding."""
+
+    source_tokens: float
+    target_tokens: float
+    padding: float
+    updates_per_epoch: int | None
+    updates: int
+
+    def epochs(self) -> float:
+        """How often the data is seen; 0 where it is streamed."""
+        return self.updates / self.updates_per_epoch if self.updates_per_epoch else 0.0
+
+    def __str__(self) -> str:
+        tokens = self.source_tokens + self.target_tokens
+        epoch = f"{self.updates_per_epoch:,} updates an epoch" if self.updates_per_epoch else "estimated from a sample"
+        return (
+            f"{self.source_tokens:,.0f} source + {self.target_tokens:,.0f} target tokens an update "
+            f"({tokens / (1 - self.padding):,.0f} with padding, {self.padding:.1%} of it padding); {epoch}"
+        )
+
+
+def check_plan(run: Run, trainer: TranslationTrainer) -> list[Finding]:
+    """Findings on batches, schedule, disk and memory; logs what an update and an epoch are."""
+    plan = make_plan(run, trainer)
+    logger.info("%s", plan)
+    findings = [*check_batches(run, plan), *check_schedule(run, plan), *check_disk(run, plan)]
+    findings += check_precision(run, trainer.args.device)
+    # A sharded model takes its share of every process's memory: only the updates can tell.
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        findings += check_memory(run.model, trainer.args.device)
+    return findings
+
+
+def make_plan(run: Run, trainer: TranslationTrainer) -> Plan:
+    """Counts the updates as the Trainer does, and the tokens of its batches."""
+    args, lengths = trainer.args, run.lengths["train"]
+    loader = trainer.get_train_dataloader()
+    per_epoch, updates = (trainer.set_initial_training_values(args, loader)[place] for place in (1, 6))
+    growth = trainer.train_dataset.growth() if isinstance(trainer.train_dataset, BpeDropoutRows) else 1
+    tokens = [growth * lengths[side].sum() for side in COLUMNS]
+    if run.recipe.data.streaming:
+        sources, targets = (lengths[side].tolist() for side in COLUMNS)
+        sample = TokenBudgetBatches(sources, targets, args.per_device_train_batch_tokens)
+        share = args.gradient_accumulation_steps * args.world_size / len(sample)
+        return Plan(tokens[0] * share, tokens[1] * share, sample.padding, None, updates)
+    if args.train_sampling_strategy == "token_budget":
+        padding = trainer._batches.padding
+    else:
+        padding = padding_of(loader.batch_sampler, lengths)
+    return Plan(tokens[0] / per_epoch, tokens[1] / per_epoch, padding, per_epoch, updates)
+
+
+def padding_of(batches: Iterable[list[int]], lengths: Lengths) -> float:
+    """Share of the places in these batches that hold padding, both sides together."""
+    tokens = places = 0
+    # The run must shuffle as if nobody had looked.
+    with torch.random.fork_rng(devices=[]):
+        for batch in batches:
+            for side in lengths.values():
+                tokens += side[batch].sum()
+                places += side[batch].max() * len(batch)
+    return 1 - float(tokens) / float(places)
+
+
+def check_batches(run: Run, plan: Plan) -> Iterator[Finding]:
+    """What an update is."""
+    yield ok("batches", str(plan))
+    strategy = run.recipe.training.train_sampling_strategy
+    if strategy != "token_budget" and plan.padding > MUCH_PADDING:
+        yield warning(
+            "batches",
+            f"train_sampling_strategy={strategy}: {plan.padding:.0%} of the work is padding: set it to token_budget",
+        )
+
+
+def check_schedule(run: Run, plan: Plan) -> Iterator[Finding]:
+    """How many updates, evaluations and checkpoints there will be, and whether they are enough."""
+    args = run.recipe.training
+    evaluations, saves = occasions(args, "eval", plan), occasions(args, "save", plan)
+    epochs = f" ({plan.epochs():.1f} epochs)" if plan.updates_per_epoch else ""
+    yield ok("schedule", f"{plan.updates:,} updates{epochs}, {evaluations} evaluations, {saves} checkpoints written")
+    warmup = args.get_warmup_steps(plan.updates)
+    if warmup >= plan.updates:
+        yield warning(
+            "schedule",
+            f"warmup_steps={warmup} lasts for all of the {plan.updates} updates, and the learning rate never reaches "
+            "its peak: lower it, or raise max_steps or num_train_epochs",
+        )
+    if args.average_checkpoints and args.average_checkpoints > saves > 0:
+        yield warning(
+            "schedule",
+            f"average_checkpoints={args.average_checkpoints}, but only {saves} will be written: lower save_steps",
+        )
+
+
+def occasions(args: TrainingArguments, kind: str, plan: Plan) -> int:
+    """How often the run evaluates ("eval") or saves ("save"), the end included."""
+    strategy = getattr(args, f"{kind}_strategy")
+    if strategy == "no":
+        return 0
+    if strategy == "best":
+        return occasions(args, "eval", plan)
+    if strategy == "epoch":
+        return math.ceil(plan.epochs())
+    every = getattr(args, f"{kind}_steps")
+    # Below 1 it is a share of the run.
+    return math.ceil(plan.updates / (every if every >= 1 else math.ceil(every * plan.updates)))
+
+
+def check_disk(run: Run, plan: Plan) -> Iterator[Finding]:
+    """Whether the checkpoints that are kept, the one being written, and the model itself find room."""
+    args = run.recipe.training
+    weights = run.model.get_memory_footprint(return_buffers=False)
+    # Of what is trained: with adapters, these.
+    checkpoint = optimizer_bytes(run.model) // 2 * (1 + (args.ema_decay is not None))
+    if not args.save_only_model:
+        checkpoint += optimizer_bytes(run.model)
+    limit = args.save_total_limit + 1 if args.save_total_limit else math.inf
+    count = int(min(occasions(args, "save", plan), limit))
+    folder = Path(args.output_dir).absolute()
+    there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*"))
+    needed = max(count * checkpoint - there, 0) + weights
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    said = (
+        f"{convert_bytes(needed)} of {convert_bytes(free)} free at output_dir={args.output_dir}: {count} checkpoints "
+        f"of {convert_bytes(checkpoint)} (save_total_limit={args.save_total_limit}, one being written) and the model"
+    )
+    yield (
+        ok("disk", said)
+        if needed <= NEARLY_FULL * free
+        else (warning if needed <= free else error)(
+            "disk", f"{said}: lower save_total_limit, make room, or choose another output_dir"
+        )
+    )
+
+
+def optimizer_bytes(model: PreTrainedModel) -> int:
+    """Adam's two moments of every weight that is trained."""
+    return 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
+def check_precision(run: Run, device: torch.device) -> Iterator[Finding]:
+    """Whether bfloat16 is slower than float32 here: without instructions for it, it is many times slower."""
+    args, config = run.recipe.training, run.model.config
+    if not args.bf16:
+        return
+    rows = min(MOST_TIMED, args.per_device_train_batch_tokens)
+    seconds = [time_product(rows, config.d_model, config.encoder_ffn_dim, device, bf16=bf16) for bf16 in (False, True)]
+    factor = seconds[1] / seconds[0]
+    said = f"a feed-forward product of {rows} rows takes {factor:.2g} times as long in bfloat16 as in float32"
+    yield (
+        ok("precision", said)
+        if factor < MUCH_SLOWER
+        else warning("precision", f"bf16=true is slow on {machine()}: {said}: set it to false, or to auto")
+    )
+
+
+def time_product(rows: int, inputs: int, outputs: int, device: torch.device, bf16: bool) -> float:
+    """Seconds that a product of the network takes with its gradients, at best of three."""
+    # No random numbers: the run must draw as if nobody had looked.
+    states, weight, bias = (
+        torch.ones(shape, device=device, requires_grad=True) for shape in ((rows, inputs), (outputs, inputs), outputs)
+    )
+    seconds = []
+    for _ in range(3):
+        start = now()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            linear(states, weight, bias).sum().backward()
+        seconds.append(now() - start)
+    return min(seconds)
+
+
+def now() -> float:
+    """The time once the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def check_memory(model: PreTrainedModel, device: torch.device) -> Iterator[Finding]:
+    """Whether weights, gradients and the optimizer's state fit at all."""
+    weights, state = model.get_memory_footprint(return_buffers=False), optimizer_bytes(model)
+    needed, total = weights + state // 2 + state, memory_of(device)
+    said = (
+        f"{model.num_parameters():,} parameters: weights {convert_bytes(weights)}, gradients "
+        f"{convert_bytes(state // 2)}, optimizer {convert_bytes(state)}, on {machine()} with {convert_bytes(total)}"
+    )
+    yield (
+        ok("memory", said)
+        if needed <= total
+        else error(
+            "memory", f"{said}, which is not enough even without activations: lower d_model or the number of layers"
+        )
+    )

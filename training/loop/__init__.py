@@ -1,0 +1,1 @@
+"""The updates: the network, the Trainer and its parts, checkpoints, and resuming."""

@@ -1,0 +1,85 @@
+"""The network that a recipe asks for: a new one of its sizes, or one to train further."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
+
+from ..errors import RecipeError
+from ..saved_model import read_model
+from ..settings.recipe import Recipe
+
+
+# Fields that may differ from those of a model that is trained further. The others belong to its weights.
+CHANGEABLE = ("dropout", "attention_dropout", "activation_dropout", "label_smoothing")
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
+    """The recipe's model, with its options of decoding: the one that it names, or a new one of its sizes."""
+    named = recipe.model.model
+    model = read_named_model(recipe, named) if named else new_model(recipe, tokenizer)
+    try:
+        model.generation_config.update(
+            num_beams=recipe.decoding.num_beams,
+            length_penalty=recipe.decoding.length_penalty,
+            max_new_tokens=recipe.decoding.max_new_tokens,
+        )
+    except ValueError as error:
+        raise RecipeError(f"no translations can be made so: {error}") from error
+    if not (rank := recipe.training.lora_rank):
+        return model
+    from .adapters import add_adapters  # peft takes its time, and most runs need none of it
+
+    return add_adapters(model, rank)
+
+
+def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForConditionalGeneration:
+    """
+    The model that the recipe trains further, in float32, with the recipe's dropout and label smoothing.
+
+    Raises:
+        RecipeError: the recipe asks for another network than the model is.
+    """
+    given = recipe.model.config_fields()
+    changed = {name: given.pop(name) for name in CHANGEABLE if name in given}
+    try:
+        model, _ = read_model(folder, dtype=torch.float32, attn_implementation=attention(recipe), **changed)
+    except ImportError as error:
+        raise unusable_attention(recipe, error) from error
+    for name, value in given.items():
+        if (its := getattr(model.config, name)) != value:
+            raise RecipeError(f"{name}={value}, but model={folder} has {name}={its}: leave it out")
+    return model
+
+
+def attention(recipe: Recipe) -> str | None:
+    """
+    The implementation of attention: on a CPU "eager" by default, which is the fastest for sentences (sdpa's backward
+    pass in bfloat16 is very slow there).
+    """
+    return recipe.model.attn_implementation or ("eager" if recipe.training.use_cpu else None)
+
+
+def unusable_attention(recipe: Recipe, error: Exception) -> RecipeError:
+    """The error for an implementation of attention that transformers does not know, or whose package is missing."""
+    said = " ".join(str(error).split())
+    return RecipeError(f"attn_implementation={recipe.model.attn_implementation} cannot be used here: {said}")
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
+    """A model of the recipe's sizes, with the tokenizer's ids."""
+    # A tokenizer of T5's kind has no bos. The decoder then starts with padding, as T5's and Marian's do.
+    start = tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    config = VanillaTransformerConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=start,
+        attn_implementation=attention(recipe),
+        **recipe.model.config_fields(),
+    )
+    try:
+        return VanillaTransformerForConditionalGeneration(config)
+    except (ImportError, ValueError) as error:
+        raise unusable_attention(recipe, error) from error

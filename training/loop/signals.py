@@ -1,0 +1,80 @@
+"""SIGTERM and SIGINT, on which a run saves a checkpoint and stops, in all of its processes after the same update."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+# A launcher passes a signal on to processes that may have received it themselves.
+ECHO_SECONDS = 1.0
+
+
+class StopSignal:
+    """
+    SIGTERM or SIGINT: received by any of the processes, it stops all of them after the same update.
+
+    The first signal makes the run save and stop. A second one ends the process at once.
+
+    Args:
+        processes: how many the run has.
+        speaks: whether this process prints a line about the signal.
+    """
+
+    def __init__(self, processes: int, speaks: bool):
+        self.received = 0
+        self.speaks = speaks
+        self.process = os.getpid()
+        # gloo works on the CPU and in the background.
+        self.group = dist.new_group(backend="gloo") if processes > 1 else None
+        self.shared = torch.tensor(0)
+        self.pending: dist.Work | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catches the signals inside the `with`."""
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
+            # Processes that load data inherit this handler, and a handler must not call `print`.
+            if self.speaks and os.getpid() == self.process:
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: saving after this update. Once more ends the run at once.\n".encode())
+        elif time.monotonic() - self.at > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def finish(self) -> None:
+        """Waits for the last message: gloo aborts a process that exits while one is under way."""
+        if self.pending is not None:
+            self.pending.wait()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+    def agreed(self) -> int:
+        """
+        The signal, or 0; the same in every process. All of them must call it after each update.
+
+        Each call starts sending what this process has received, and returns what all had sent at the call before.
+        """
+        if self.group is None:
+            return self.received
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+        if not (number := int(self.shared)):
+            self.shared = torch.tensor(self.received)
+            self.pending = dist.all_reduce(self.shared, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return number

@@ -1,0 +1,1 @@
+"""What others see of a run: pictures, the model card and its audit, and the Hub."""

@@ -1,0 +1,92 @@
+"""The model card of a run: the template in model_cards/, filled from its metrics.json, recipe and configuration."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from babel import Locale, UnknownLocaleError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..metrics import TITLES
+
+
+def language_name(code: str) -> str:
+    """The English name of a language, or its code where the CLDR has none."""
+    try:
+        return Locale.parse(code, sep="-" if "-" in code else "_").english_name or code
+    except (ValueError, UnknownLocaleError):
+        return code
+
+
+def model_card(
+    model: PreTrainedModel,
+    languages: tuple[str | None, str | None],
+    metrics: dict[str, Any],
+    recipe: str,
+    model_path: str,
+    hub_model_id: str | None = None,
+    base_model: str | None = None,
+) -> ModelCard:
+    """
+    Fills the template in model_cards/ from a run.
+
+    Args:
+        model: the trained model.
+        languages: codes of source and target, if the run knows them.
+        metrics: the run's metrics.json; the card claims no figure that is not in it.
+        recipe: the resolved recipe as YAML.
+        model_path: what to pass to `from_pretrained`.
+        hub_model_id: the model's name on the Hub, as far as it is known. Pushing writes the true one.
+        base_model: the folder or Hub name of the model that the run began with, if it did not begin from scratch.
+    """
+    scores, data_name = metrics["scores"], metrics["data_name"]
+    results = [
+        {"type": name, "name": title, "value": scores[name], "signature": scores.get(f"{name}_signature")}
+        for name, title in TITLES.items()
+        if name in scores
+    ]
+    name = Path(model_path).name
+    codes = [code for code in languages if code]
+    card_data = ModelCardData(
+        # The Hub knows languages by their ISO 639 codes, and leaves regions and scripts to the other field.
+        language=[re.split("[-_]", code)[0].lower() for code in codes] or None,
+        language_bcp47=[code.replace("_", "-") for code in codes] if any(re.search("[-_]", c) for c in codes) else None,
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="translation" if all(languages) else "text2text-generation",
+        tags=["vanilla_transformer", "translation" if all(languages) else "text2text-generation"],
+        # A folder is named by its last part; a model of the Hub has its owner's name before it.
+        base_model=base_model if base_model and "/" in base_model and not Path(base_model).exists() else None,
+        datasets=[data_name] if "/" in data_name and not Path(data_name).exists() else None,
+        metrics=[result["type"] for result in results],
+        model_name=name,
+        eval_results=[_eval_result(result, data_name, metrics["scored_split"]) for result in results],
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_str=(files("vanilla_transformer.model_cards") / "template.md").read_text(encoding="utf-8"),
+        title=name,
+        config=model.config,
+        languages=[language_name(code) for code in codes] if all(languages) else None,
+        results=results,
+        recipe=recipe,
+        model_path=model_path,
+        hub_model_id=hub_model_id or f"NAME/{name}",
+        base_model=base_model,
+        **metrics,
+    )
+
+
+def _eval_result(result: dict[str, Any], data_name: str, split: str) -> EvalResult:
+    return EvalResult(
+        task_type="translation",
+        dataset_type=data_name,
+        dataset_name=data_name,
+        dataset_split=split,
+        metric_type=result["type"],
+        metric_name=result["name"],
+        metric_value=round(result["value"], 2),
+        metric_config=result["signature"],
+    )

@@ -1,0 +1,79 @@
+"""What a finished run says of itself: its scores, and the files metrics.json, loss_curve.png and README.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel
+
+from .data.pairs import language_pair
+from .files import write_beside
+from .loop.trainer import TranslationTrainer
+from .machine import machine
+from .metrics import score_texts
+from .publishing.card import model_card
+from .publishing.pictures import draw_loss_curve
+from .settings.recipe import Recipe, lasting, public
+from .translator import translate
+
+
+# Translations that are shown at the end of a run.
+SHOWN = 5
+
+
+def score_run(
+    recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, pairs: DatasetDict
+) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """
+    Scores the model on held-out text.
+
+    Returns:
+        What metrics.json holds, and some examples: source, translation and reference.
+    """
+    split = next(name for name in ("test", "validation", "train") if name in pairs)
+    sources, references = list(pairs[split]["source"]), list(pairs[split]["target"])
+    tokenizer, batch_tokens = trainer.processing_class, recipe.training.per_device_eval_batch_tokens
+    translations = translate(model, tokenizer, sources, batch_tokens)
+    told = public(recipe.given)
+    metrics: dict[str, Any] = {
+        "scored_split": split,
+        "scores": score_texts(translations, references, recipe.decoding.bleu_tokenize),
+        "num_beams": model.generation_config.num_beams,
+        "parameters": model.num_parameters(),
+        "data_name": recipe.data.data_name or told.get("dataset") or ", ".join(told.get("train_file", [])),
+        "rows": {name: len(rows) for name, rows in pairs.items() if isinstance(rows, Dataset)},
+        "training": training_summary(trainer),
+        "example_source": sources[0],
+        "example_translation": translations[0],
+    }
+    return metrics, list(zip(sources, translations, references, strict=True))[:SHOWN]
+
+
+def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
+    """How long the run took and how far it came."""
+    history = trainer.state.log_history
+    minutes = [entry["minutes"] for entry in history if "minutes" in entry]
+    return {
+        "updates": trainer.state.global_step,
+        # To the Trainer the whole run of a stream is one epoch, however often the data was read.
+        "epochs": round(trainer.state.epoch or 0, 2) if trainer.stream is None else None,
+        "minutes": max(minutes, default=0.0),
+        "machine": machine(),
+        "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
+        "best_validation": trainer.state.best_metric,
+        "final_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+    }
+
+
+def write_documents(
+    recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, metrics: dict[str, Any]
+) -> None:
+    """Writes metrics.json, the loss curve and the model card into the run's folder."""
+    folder, told = Path(recipe.training.output_dir), public(recipe.given)
+    write_beside(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
+    draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
+    names = {"hub_model_id": recipe.training.hub_model_id, "base_model": told.get("model")}
+    card = model_card(model, language_pair(recipe.data), metrics, lasting(told), str(folder), **names)
+    write_beside(folder / "README.md", str(card))

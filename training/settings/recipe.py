@@ -1,0 +1,198 @@
+"""Reads recipes and command lines: `[RECIPE.yaml] [--variant NAME] [--field value ...]`, of which the later counts."""
+
+import argparse
+import difflib
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+
+from vanilla_transformer import VanillaTransformerConfig
+from vanilla_transformer.engine_products import is_native
+
+from ..errors import RecipeError
+from . import rules
+from .arguments import DataArguments, DecodingArguments, ModelArguments, TokenizerArguments, TrainingArguments
+from .options import OptionParser, as_yaml, plain, read_yaml, true_or_false, truth_or_text
+
+
+logger = logging.getLogger(__name__)
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# Fields of a recipe that hold paths; and those that hold a path or a name of the Hub.
+PATHS = ("output_dir", "data_dir", "train_file", "validation_file", "test_file", "fsdp_config", "deepspeed")
+PATHS_OR_NAMES = ("model", "tokenizer", "dataset")
+
+
+class Recipe(NamedTuple):
+    """Everything that a run was told, and `given`: the part that differs from the defaults, as a recipe of its own."""
+
+    model: ModelArguments
+    tokenizer: TokenizerArguments
+    data: DataArguments
+    decoding: DecodingArguments
+    training: TrainingArguments
+    given: dict[str, Any]
+
+
+ABOUT = """\
+Trains a model by a recipe, a YAML file whose fields are these options: a path, or the name of an installed one, such as
+quickstart.yaml. Options on the command line come after the recipe. docs/training.md explains them all."""
+
+
+def recipe_parser() -> OptionParser:
+    """The parser of recipes and command lines."""
+    groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
+    usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
+    # What the config takes where a recipe leaves a field of the network out.
+    defaults = {option.name: getattr(VanillaTransformerConfig, option.name, None) for option in fields(ModelArguments)}
+    parser = OptionParser(
+        groups, hidden=rules.REFUSED, defaults=defaults, usage=usage, description=ABOUT, conflict_handler="resolve"
+    )
+    parser.add_argument("--variant", help="one of the recipe's variants, e.g. a row of table3.yaml")
+    # transformers' own knows true and false.
+    help_bf16 = "mixed precision in bfloat16: true, false, or auto (true where the machine has instructions for it)"
+    parser.add_argument("--bf16", type=_true_false_or_auto, nargs="?", const=True, default=False, help=help_bf16)
+    # And of these it takes true and false for text.
+    helps = {option.name: option.metadata["help"] for option in fields(TrainingArguments)}
+    parser.add_argument("--fsdp", type=truth_or_text, nargs="?", const=True, help=helps["fsdp"])
+    trackio = ("--trackio_static_space_id", "--trackio-static-space-id")
+    parser.add_argument(*trackio, type=truth_or_text, help=helps["trackio_static_space_id"])
+    return parser
+
+
+def parse_recipe(argv: list[str]) -> Recipe:
+    """
+    Reads `[RECIPE.yaml] [--variant NAME] [--field value ...]`; what comes later counts.
+
+    Args:
+        argv: the command line. A recipe is a path, or the name of one that is installed with the package.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or a field does not exist, or has no such value.
+        SystemExit: `--help`.
+    """
+    parser = recipe_parser()
+    defaults = vars(parser.parse_args([]))
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    argv = argv[1:] if name else argv
+    variant = parser.parse_args(argv).variant
+    if name:
+        parser.set_defaults(**read_recipe(name, variant, parser))
+    elif variant:
+        raise RecipeError(f"--variant {variant} needs a recipe that has it, as the first argument")
+    told = vars(parser.parse_args(argv))
+    given = {field: plain(told[field]) for field in parser.hints if told[field] != defaults[field]}
+    if given.get("bf16") == "auto":
+        given["bf16"] = resolve_bf16(parser.parse_args(argv), parser)
+        argv = [*argv, "--bf16", str(given["bf16"])]
+    try:
+        model, tokenizer, data, decoding, training, _ = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False
+        )
+    except (ValueError, OSError, ImportError) as error:  # a file or a package that an argument asks for is not there
+        raise RecipeError(" ".join(str(error).split())) from error
+    recipe = Recipe(model, tokenizer, data, decoding, training, given)
+    rules.check_recipe(recipe)
+    # A model brings its own.
+    tokenizer.tokenizer = model.model or tokenizer.tokenizer
+    return recipe
+
+
+def _true_false_or_auto(value: str) -> bool | str:
+    return value if value == "auto" else true_or_false(value)
+
+
+def recipe_of_run(arguments: Any) -> Path | None:
+    """
+    What the run was told that the arguments resume, as far as its folder says it.
+
+    Args:
+        arguments: with `resume_from_checkpoint` and `output_dir`.
+    """
+    asked = arguments.resume_from_checkpoint
+    if asked is None:
+        return None
+    recipe = Path(arguments.output_dir or "" if asked == "last" else Path(asked).parent, "recipe.yaml")
+    return recipe if recipe.is_file() else None
+
+
+def resolve_bf16(arguments: argparse.Namespace, parser: OptionParser) -> bool:
+    """
+    What `bf16: auto` means: for a run that is resumed what it began with, else whether the machine that trains has
+    instructions for bfloat16.
+    """
+    if recipe := recipe_of_run(arguments):
+        began = bool(read_recipe(str(recipe), None, parser).get("bf16"))
+        logger.info("bf16=auto is %s, as this run began", began)
+        return began
+    if arguments.use_cpu or not torch.accelerator.is_available():
+        fast = is_native("bfloat16", torch.device("cpu"))
+    elif torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = is_torch_bf16_gpu_available()
+    logger.info("bf16=auto is %s: this machine has %s for bfloat16", fast, "instructions" if fast else "none")
+    return fast
+
+
+def read_recipe(name: str, variant: str | None, parser: OptionParser) -> dict[str, Any]:
+    """
+    The fields that a recipe sets, with those of one of its `variants` laid over them.
+
+    Raises:
+        RecipeError: there is no such file or variant, it is not a YAML mapping, or it sets a field that does not exist,
+            or to what its type does not have.
+    """
+    path = next((p for p in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml") if p.is_file()), None)
+    if path is None:
+        installed = ", ".join(sorted(p.name for p in RECIPES.glob("*.yaml")))
+        raise RecipeError(f"no recipe {name!r}: give the path of a YAML file, or one of {installed}")
+    recipe = read_yaml(path)
+    variants = recipe.pop("variants", None) or {}
+    if not (isinstance(variants, dict) and all(isinstance(fields, dict) for fields in variants.values())):
+        raise RecipeError(f"{path}: variants must hold lines of the form `name: {{field: value}}`")
+    if variant is not None:
+        if variant not in variants:
+            raise RecipeError(f"{path} has no variant {variant!r}: choose one of {', '.join(variants) or 'none'}")
+        recipe |= variants[variant]
+    elif variants:
+        raise RecipeError(f"{path} holds variants: choose one by --variant {'|'.join(variants)}")
+    for field_name in recipe:
+        if field_name not in parser.hints:
+            likely = difflib.get_close_matches(field_name, parser.hints, n=1)
+            hint = f"did you mean {likely[0]}?" if likely else "--help lists the fields"
+            raise RecipeError(f"{path} sets the unknown field {field_name!r}: {hint}")
+    try:
+        return {field_name: parser.typed(field_name, value) for field_name, value in recipe.items()}
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def lasting(given: dict[str, Any]) -> str:
+    """A recipe that repeats the run, with what the command line changed, as YAML."""
+    return as_yaml({name: value for name, value in given.items() if name != "resume_from_checkpoint"})
+
+
+def public(recipe: dict[str, Any]) -> dict[str, Any]:
+    """
+    A recipe as others may read it: paths by their last part, since the folders are of no use to them, and may tell
+    who has made the model, and of what.
+    """
+
+    def last(value: Any) -> Any:
+        if isinstance(value, list):
+            return [last(part) for part in value]
+        return value if str(value).startswith("{") else Path(value).name
+
+    local = {
+        name
+        for name in PATHS_OR_NAMES
+        if (value := recipe.get(name)) and (value.startswith(("/", ".", "~", "$")) or Path(value).exists())
+    }
+    return {
+        name: last(value) if value and (name in PATHS or name in local) else value for name, value in recipe.items()
+    }

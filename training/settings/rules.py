@@ -1,0 +1,478 @@
+"""
+The rules of a recipe: which values a field may have, and which fields do not go together.
+
+Each broken rule is an error that names the field, its value, and what would be right. The rules are asked in the order
+in which a run learns what they need: when TrainingArguments are made, when a recipe has been read, when data is loaded,
+and when the data is known. What only the data, the tokenizer or the machine can tell is in preflight.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
+
+from ..errors import DataError, RecipeError, UserError
+from ..findings import Finding, error, warning
+from .options import plain
+
+
+if TYPE_CHECKING:
+    from .arguments import DataArguments, TrainingArguments
+    from .recipe import Recipe
+
+# A field, whether its value is refused, and what is wrong with it, in words that go on from `field=value`.
+Rule = tuple[str, Any, str]
+
+# The metrics that can choose the best checkpoint -> whether more is better.
+BEST_METRICS = {"bleu": True, "chrf": True, "ter": False, "exact_match": True, "loss": False, "perplexity": False}
+
+# Options of transformers that would end a run with an error, or do nothing in one -> why. They keep their defaults.
+REFUSED = {
+    "accelerator_config": "deals batches of rows to processes, and batches by tokens are dealt already: leave it out",
+    "auto_find_batch_size": "halves a number of rows, and batches are made by tokens: see by --check what fits",
+    "batch_eval_metrics": "scores batch by batch, and BLEU is that of the whole set: leave it out",
+    "bf16_full_eval": "casts a model that is not being trained, and none is evaluated here: leave it out",
+    "enable_jit_checkpoint": "saves on SIGTERM, as every run does: leave it out",
+    "eval_do_concat_batches": "keeps batches apart, and BLEU is that of the whole set: leave it out",
+    "eval_use_gather_object": "gathers objects, and translations are gathered as tensors: leave it out",
+    "fp16_full_eval": "casts a model that is not being trained, and none is evaluated here: leave it out",
+    "generation_config": "names a file: set num_beams, length_penalty and max_new_tokens here",
+    "include_for_metrics": "is for metrics that read more than translations and references: leave it out",
+    "label_names": "names columns, and they are those of the model: leave it out",
+    "label_smoothing_factor": "is the Trainer's slow smoothing, outside the model: set label_smoothing instead",
+    "length_column_name": "names a column, and lengths are counted: leave it out",
+    "liger_kernel_config": "is for kernels that this network has not: leave it out",
+    "parallelism_config": "is no text: leave it out, and configure accelerate (docs/distributed.md)",
+    "prediction_loss_only": "would leave no scores: set predict_with_generate to false to evaluate the loss alone",
+    "restore_callback_states_from_checkpoint": "is not needed: early stopping counts on where a run resumes",
+    "sortish_sampler": "belongs to another way to make batches: set train_sampling_strategy",
+    "use_liger_kernel": "is for kernels that this network has not: leave it out",
+}
+# These also take the name of a JSON file.
+JSON_FILES = ("fsdp_config", "deepspeed")
+# The values that activation_checkpointing_kwargs may have: torch would refuse others at the first update.
+CHECKPOINTING = {"every_n_layers": range(1, 1000), "offload": (True, False), "use_reentrant": (True, False)}
+
+# What a number must be, in words -> the test, and the fields that it is for. With other numbers the Trainer, its
+# optimizer or numpy would fail later, after the data has been read or the model been trained, without the field's name.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 0": (
+        lambda n: n >= 0,
+        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha dataloader_num_workers "
+        "eval_delay save_total_limit neftune_noise_alpha",
+    ),
+    "above 0": (lambda n: n > 0, "num_train_epochs logging_steps eval_steps save_steps"),
+    "at least 1": (
+        lambda n: n >= 1,
+        "gradient_accumulation_steps per_device_train_batch_tokens per_device_eval_batch_tokens "
+        "per_device_train_batch_size per_device_eval_batch_size generation_num_beams average_checkpoints "
+        "early_stopping_patience lora_rank num_beams max_new_tokens batch_tokens max_train_samples max_eval_samples "
+        "max_source_length max_target_length shuffle_buffer phrasebook_size window n_best eval_accumulation_steps "
+        "torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
+    ),
+    "at least 2, the start of the target included": (lambda n: n >= 2, "generation_max_length"),
+    "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2"),
+    "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
+    "at least 1, or -1 to count epochs (num_train_epochs)": (lambda n: n >= 1 or n == -1, "max_steps"),
+    "between 0 and 2**32 - 1": (lambda n: 0 <= n < 2**32, "seed data_seed"),
+    # A float must be able to hold a length to the power of it.
+    "between -50 and 50": (lambda n: -50 <= n <= 50, "length_penalty"),
+}
+# Whole numbers must be smaller: torch and numpy would fail, and would not name the field.
+LARGEST = 2**63
+
+
+def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
+    """
+    Compares the numbers among the fields of any arguments with `LIMITS`. A field that is None was left out.
+
+    Raises:
+        UserError: of that kind; it names the field, and what it must be.
+    """
+    for words, (holds, names) in LIMITS.items():
+        for name in names.split():
+            value = getattr(arguments, name, None)
+            largest = LARGEST if isinstance(value, int) else math.inf
+            if value is not None and not (abs(value) < largest and holds(value)):
+                too_large = f", and below {largest}" if abs(value) >= largest else ""
+                raise kind(f"{name}={value} must be {words}{too_large}")
+
+
+def refuse(values: Mapping[str, Any], rules: Iterable[Rule], kind: type[UserError] = RecipeError) -> None:
+    """
+    Args:
+        values: of all fields.
+        rules: of some of them.
+        kind: of the error.
+
+    Raises:
+        UserError: of that kind: the first of the rules that is broken.
+    """
+    for name, is_wrong, reason in rules:
+        if is_wrong:
+            raise kind(f"{name}={plain(values[name])} {reason}")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """
+    Checks fields of different groups against each other, when all have been read.
+
+    Raises:
+        RecipeError: they do not go together.
+    """
+    model, tokenizer, data, _, training, _ = recipe
+    rules: list[Rule] = [
+        (
+            "tokenizer",
+            model.model and tokenizer.tokenizer,
+            f"does not go with model={model.model}, which brings its own: leave it out",
+        ),
+        (
+            "lora_rank",
+            training.lora_rank and not model.model,
+            "adapts a model that is there already: name it by model, or leave it out",
+        ),
+    ]
+    if data.streaming:
+        rules += _rules_of_streams(data, training)
+    learned = not (model.model or tokenizer.tokenizer)
+    rules.append(
+        (
+            "bpe_dropout",
+            data.bpe_dropout and learned and tokenizer.tokenizer_model != "bpe",
+            f"drops merges, and tokenizer_model={tokenizer.tokenizer_model} has none: set bpe_dropout to 0, or "
+            "tokenizer_model to bpe",
+        )
+    )
+    refuse(vars(training) | vars(data) | vars(tokenizer), rules)
+
+
+def _rules_of_streams(data: DataArguments, training: TrainingArguments) -> Iterator[Rule]:
+    """What a stream of training rows cannot do."""
+    budget = training.per_device_train_batch_tokens
+    rules: list[Rule] = [
+        ("max_steps", training.max_steps <= 0, "a stream has no length: say after how many updates the run ends"),
+        (
+            "train_sampling_strategy",
+            training.train_sampling_strategy != "token_budget",
+            "batches of a stream are made by tokens: set token_budget",
+        ),
+        ("eval_strategy", training.eval_strategy == "epoch", "a stream has no epochs: set steps, and eval_steps"),
+        ("save_strategy", training.save_strategy == "epoch", "a stream has no epochs: set steps, and save_steps"),
+        ("dataloader_num_workers", training.dataloader_num_workers > 0, "a stream reads ahead by a thread: set 0"),
+        ("ignore_data_skip", training.ignore_data_skip, "a stream resumes where it stopped, at no cost: set false"),
+        (
+            "dataset",
+            (data.dataset or "").startswith("phrasebook:"),
+            "the phrasebook is small, and made in memory: set streaming to false",
+        ),
+        (
+            "drop_duplicates",
+            data.drop_duplicates,
+            "it needs all rows that came before in memory: leave duplicates out of the data beforehand",
+        ),
+        ("bpe_dropout", data.bpe_dropout > 0, "it cuts rows that stay in memory: set 0"),
+        ("max_source_length", data.max_source_length > budget, f"no batch of {budget} tokens holds such a row"),
+        ("max_target_length", data.max_target_length > budget, f"no batch of {budget} tokens holds such a row"),
+    ]
+    for name, is_wrong, reason in rules:
+        yield name, is_wrong, f"does not go with streaming: {reason}"
+
+
+def check_data(data: DataArguments) -> None:
+    """
+    Checks the fields that say where text is and which of it is taken, before any is read.
+
+    Raises:
+        DataError: the data is named twice or not at all, or a field has no such value.
+    """
+    named = [name for name in ("train_file", "validation_file", "test_file") if getattr(data, name)]
+    if data.dataset and named:
+        raise DataError(f"dataset={data.dataset!r} and {named[0]} are both given: choose one source of data")
+    if not data.dataset and not named:
+        raise DataError("no data: give a dataset, or train_file, validation_file or test_file")
+    check_numbers(data, DataError)
+    ratio = data.max_length_ratio
+    rules: list[Rule] = [
+        ("bpe_dropout", not 0 <= data.bpe_dropout <= 1, "must lie between 0 and 1: it is a probability"),
+        (
+            "max_length_ratio",
+            ratio is not None and not ratio >= 1,
+            "must be at least 1: it is the tokens of the longer side over those of the shorter",
+        ),
+    ]
+    refuse(vars(data), rules, DataError)
+
+
+def check_decoding(arguments: Any) -> None:
+    """
+    Checks how translations are made and scored: DecodingArguments, or EvaluationArguments.
+
+    Raises:
+        RecipeError: a number is out of its limits, or sacrebleu has no such tokenizer.
+    """
+    check_numbers(arguments)
+    if arguments.bleu_tokenize is not None:
+        check_bleu_tokenizer(arguments.bleu_tokenize)
+
+
+def check_bleu_tokenizer(name: str) -> None:
+    """
+    Raises:
+        RecipeError: sacrebleu has no tokenizer of this name, or cannot use it here.
+    """
+    import sacrebleu
+
+    try:
+        sacrebleu.BLEU(tokenize=name)
+    except KeyError:
+        known = ", ".join(sacrebleu.BLEU.TOKENIZERS)
+        raise RecipeError(f"bleu_tokenize={name!r} is unknown: choose one of {known}") from None
+    except (ImportError, RuntimeError, OSError) as error:  # it wants a package, or a file that it cannot download
+        raise RecipeError(f"bleu_tokenize={name} cannot be used here: {' '.join(str(error).split())}") from error
+
+
+def check_training_as_told(args: TrainingArguments) -> None:
+    """
+    Checks TrainingArguments before transformers reads them, which would fail without the field's name, or later.
+
+    Raises:
+        RecipeError: a field has no such value, or fields do not go together.
+    """
+    check_numbers(args)
+    defaults = {
+        option.name: option.default_factory() if callable(option.default_factory) else option.default
+        for option in fields(args)
+        if option.name in REFUSED
+    }
+    refuse(vars(args), ((name, getattr(args, name) != value, REFUSED[name]) for name, value in defaults.items()))
+    if args.deciding_metric not in BEST_METRICS:
+        raise RecipeError(
+            f"metric_for_best_model={args.deciding_metric!r} is unknown: choose one of {', '.join(BEST_METRICS)}"
+        )
+    _check_json(args)
+    refuse(vars(args), [*_rules_of_loading(args), *_rules_of_the_compiler(args)])
+
+
+def _check_json(args: TrainingArguments) -> None:
+    """Refuses text that is not a JSON object where transformers needs a dict."""
+    for name in args._VALID_DICT_FIELDS:
+        text = getattr(args, name)
+        if not isinstance(text, str) or (name in JSON_FILES and not text.startswith("{")):
+            continue
+        try:
+            told = json.loads(text)
+        except ValueError as error:
+            raise RecipeError(f'{name}={text} must be JSON, {{"option": value}}: {error}') from error
+        if not isinstance(told, dict):
+            raise RecipeError(f'{name}={text} must be JSON of the form {{"option": value}}')
+        if name.endswith("checkpointing_kwargs"):
+            _check_checkpointing(name, told, args.use_cpu)
+
+
+def _check_checkpointing(name: str, told: dict[str, Any], use_cpu: bool) -> None:
+    """Refuses options of activation checkpointing that torch would refuse at the first update."""
+    for option, value in told.items():
+        known = (False,) if option == "offload" and use_cpu else CHECKPOINTING.get(option, ())
+        if value not in known:
+            raise RecipeError(
+                f"{name}: {option}={value} is not to be had: every_n_layers is a number from 1, use_reentrant true "
+                "or false, and so is offload, which needs a GPU"
+            )
+
+
+def _rules_of_loading(args: TrainingArguments) -> list[Rule]:
+    """What does not go with batches by tokens, with the number of workers, or with this machine."""
+    by_tokens, workers = args.train_sampling_strategy == "token_budget", args.dataloader_num_workers
+    no_workers = "is for processes that load data, and dataloader_num_workers=0 has none: raise it, or leave this out"
+    return [
+        (
+            "per_device_train_batch_size",
+            by_tokens and args.per_device_train_batch_size != 8,
+            "counts rows, and batches are made by tokens: set per_device_train_batch_tokens instead (or "
+            "train_sampling_strategy=random)",
+        ),
+        (
+            "per_device_eval_batch_size",
+            args.per_device_eval_batch_size != 8,
+            "counts rows, and batches are made by tokens: set per_device_eval_batch_tokens instead",
+        ),
+        (
+            "dataloader_drop_last",
+            by_tokens and args.dataloader_drop_last,
+            "drops an incomplete batch, and batches by tokens are never incomplete: leave it out",
+        ),
+        ("dataloader_persistent_workers", args.dataloader_persistent_workers and not workers, no_workers),
+        (
+            "dataloader_multiprocessing_context",
+            args.dataloader_multiprocessing_context is not None and not workers,
+            no_workers,
+        ),
+        (
+            "ddp_backend",
+            args.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1,
+            "is for several processes, and this is a single one: leave it out",
+        ),
+        ("debug", "tpu_metrics_debug" in (args.debug or ()), "is for TPUs: leave it out"),
+        ("fp16", args.fp16 and args.use_cpu, "needs a GPU: leave it out, or set bf16 to auto"),
+        (
+            "fsdp_config",
+            args.fsdp_config and not args.fsdp,
+            "tunes fsdp, which is off: set fsdp to true, or leave it out",
+        ),
+    ]
+
+
+def _rules_of_the_compiler(args: TrainingArguments) -> Iterator[Rule]:
+    """What torch.compile does not know, which it would say at the first update."""
+    known = {}
+    if args.torch_compile_backend is not None:
+        from accelerate.utils import DynamoBackend
+
+        known["torch_compile_backend"] = [name.lower() for name in DynamoBackend.list()]
+    if args.torch_compile_mode is not None:
+        from torch._inductor import list_mode_options  # takes its time
+
+        known["torch_compile_mode"] = list(list_mode_options())
+    for name, choices in known.items():
+        yield name, getattr(args, name) not in choices, f"is unknown: choose one of {', '.join(choices)}"
+
+
+def check_training(args: TrainingArguments) -> None:
+    """
+    Checks TrainingArguments as transformers has read them.
+
+    Raises:
+        RecipeError: fields do not go together, or would publish what nobody should see.
+    """
+    several = "shards a model over processes, and this is a single one: leave it out, or start several by accelerate "
+    refuse(
+        vars(args),
+        [
+            *_rules_of_endings(args),
+            ("fsdp", args.fsdp and args.world_size == 1, f"{several}launch (docs/distributed.md)"),
+        ],
+    )
+    _check_trackers(args)
+    # Its value is a secret, and is not shown.
+    if args.hub_token is not None:
+        raise RecipeError(
+            "hub_token would be written into recipe.yaml and the model card, for everyone to read: leave it out, "
+            "and log in by `hf auth login`, or set the environment's HF_TOKEN"
+        )
+    pickles = args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+    remedy = "set every_save, which pushes the model of each checkpoint, or end"
+    refuse(vars(args), [("hub_strategy", pickles, f"would push the optimizer's state and other pickles: {remedy}")])
+
+
+def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
+    """What cannot decide together which weights the run ends with."""
+    mean, limit = args.average_checkpoints, args.save_total_limit
+    return [
+        (
+            "average_checkpoints",
+            mean and limit and mean > limit,
+            f"is more than are kept: save_total_limit={limit} must be at least as many",
+        ),
+        (
+            "average_checkpoints",
+            mean and args.load_best_model_at_end,
+            "ends with the mean of the last checkpoints, load_best_model_at_end=True with the best: set "
+            "load_best_model_at_end to false, or leave average_checkpoints out",
+        ),
+        (
+            "average_checkpoints",
+            mean and args.ema_decay is not None,
+            f"ends with one mean of weights, ema_decay={args.ema_decay} with another: leave one of them out",
+        ),
+        (
+            "average_checkpoints",
+            mean and args.lora_rank,
+            f"needs whole models, and checkpoints with lora_rank={args.lora_rank} hold adapters only: leave it out, or "
+            "set ema_decay instead",
+        ),
+        (
+            "average_checkpoints",
+            mean and args.save_strategy == "no",
+            "has nothing to average with save_strategy=no: set save_strategy to epoch or steps",
+        ),
+        (
+            "early_stopping_patience",
+            args.early_stopping_patience and (args.eval_strategy == "no" or not args.metric_for_best_model),
+            f"has no score to follow with eval_strategy={IntervalStrategy(args.eval_strategy).value} and "
+            f"metric_for_best_model={args.metric_for_best_model}: set both",
+        ),
+    ]
+
+
+def _check_trackers(args: TrainingArguments) -> None:
+    """Refuses a tracker that is unknown or not installed: transformers would say so when everything is prepared."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    for name in args.report_to or []:
+        if name not in installed:
+            raise RecipeError(
+                f"report_to={name} is no tracker that is installed here: choose among {', '.join(installed)}, none"
+            )
+
+
+def check_sharding(args: TrainingArguments, sharded: bool) -> None:
+    """
+    Checks what needs the whole model, when it is known whether FSDP or DeepSpeed shards it over the processes.
+
+    Raises:
+        RecipeError: `ema_decay` or `lora_rank` with a model that is sharded.
+    """
+    remedy = "needs every process to hold the whole model: leave it out, or train without FSDP and DeepSpeed"
+    names = ("ema_decay", "lora_rank")
+    refuse(vars(args), ((name, sharded and getattr(args, name) is not None, remedy) for name in names))
+
+
+def check_fields(args: TrainingArguments, has_validation: bool) -> Iterator[Finding]:
+    """
+    Whether evaluation, checkpoints and averages go together, when it is known whether there is data to evaluate.
+
+    Args:
+        args: of the run.
+        has_validation: whether there is a validation split.
+    """
+    chooses = args.load_best_model_at_end or args.early_stopping_patience or args.save_strategy == "best"
+    if args.eval_strategy != "no" and not has_validation:
+        yield error(
+            "fields",
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value}, without a validation split: name one by "
+            "validation_file, or set eval_strategy=no and load_best_model_at_end=false",
+        )
+    if args.eval_on_start and not has_validation:
+        yield error("fields", "eval_on_start=true, without a validation split: name validation_file, or leave it out")
+    if args.save_only_model and args.save_strategy != "no":
+        yield warning(
+            "fields",
+            "save_only_model=true leaves the states of the optimizer and the schedule out of checkpoints: this run "
+            "cannot be resumed",
+        )
+    if args.learning_rate is None and args.warmup_steps < 1:
+        yield error(
+            "fields",
+            f"learning_rate is left out, and the paper's peak is (d_model * warmup_steps)**-0.5, which warmup_steps="
+            f"{args.warmup_steps:g} makes no sense of: set learning_rate, or warmup_steps of at least 1",
+        )
+    if chooses and args.deciding_metric not in ("loss", "perplexity") and not args.predict_with_generate:
+        yield error(
+            "fields",
+            f"metric_for_best_model={args.deciding_metric} scores translations, and predict_with_generate=false makes "
+            "none: set it to true, or choose by loss",
+        )
+    if args.early_stopping_patience and not (args.load_best_model_at_end or args.average_checkpoints):
+        yield warning(
+            "fields",
+            "early_stopping_patience ends the run after its best checkpoint, and load_best_model_at_end=false keeps "
+            "the last: set it to true",
+        )

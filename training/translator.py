@@ -1,0 +1,144 @@
+"""Translates texts with a model: to token ids, in batches of similar length through `generate()`, and back to text."""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from vanilla_transformer.loading_vanilla_transformer import text_fault
+
+from .data.batching import batch_sizes
+from .errors import DataError
+
+
+class Hypothesis(NamedTuple):
+    """One translation: its text, its score if that was asked for, and whether it ended by itself, by an eos."""
+
+    text: str
+    score: float | None
+    ended: bool
+
+
+def translate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_tokens: int = 4096, **options
+) -> list[str]:
+    """
+    Translates texts in batches of similar length, with a progress bar.
+
+    Args:
+        model: in evaluation mode.
+        texts: one source each; an empty one has the empty translation.
+        batch_tokens: source tokens, padding included, of the sentences that are translated together; a longer sentence
+            is translated alone.
+        options: arguments of `generate()`.
+
+    Returns:
+        One translation for each text, in the order of the texts.
+
+    Raises:
+        DataError: a text is longer than learned positions reach, or holds half of a surrogate pair.
+    """
+    rows = encode(model, tokenizer, texts)
+    with tqdm(total=len(rows), desc="translating", unit="lines", disable=None) as progress:
+        found = translate_rows(model, tokenizer, rows, batch_tokens, progress=progress.update, **options)
+    return [hypotheses[0].text for hypotheses in found]
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    place: Callable[[int], str] = "text {}".format,
+) -> list[list[int]]:
+    """
+    The token ids of each text, none for an empty one.
+
+    Args:
+        place: what an error calls the text of a number, from 1.
+
+    Raises:
+        DataError: a text is longer than learned positions reach, or holds half of a surrogate pair.
+    """
+    for number, text in enumerate(texts, start=1):
+        if fault := text_fault(text):
+            raise DataError(f"{place(number)} {fault}")
+    ids = tokenizer(texts, return_attention_mask=False)["input_ids"]
+    limit = model.config.max_position_embeddings
+    if model.config.position_embedding_type == "learned":
+        for number, row in enumerate(ids, start=1):
+            if len(row) > limit:
+                raise DataError(
+                    f"{place(number)} has {len(row)} tokens, but the model has learned positions for "
+                    f"max_position_embeddings={limit}: split the text"
+                )
+    return [row if text.strip() else [] for row, text in zip(ids, texts, strict=True)]
+
+
+def translate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    batch_tokens: int,
+    n_best: int = 1,
+    scores: bool = False,
+    progress: Callable[[int], object] = lambda count: None,
+    **options,
+) -> list[list[Hypothesis]]:
+    """
+    Translates rows of token ids in batches of similar length.
+
+    Args:
+        model: in evaluation mode.
+        rows: one source each, as `encode` gives them; an empty one has the empty translation, of score 0.
+        batch_tokens: source tokens, padding included, of the rows that are translated together; a longer row is
+            translated alone.
+        n_best: how many translations of each row, at most `num_beams`.
+        scores: whether they have scores, for which `num_beams` must be over 1.
+        progress: is called with the number of rows that were translated since it was called before.
+        options: arguments of `generate()`.
+
+    Returns:
+        For each row `n_best` translations, the best first, in the order of the rows.
+    """
+    found = [[Hypothesis("", 0.0 if scores else None, True)] * n_best for _ in rows]
+    # The longest first: a batch that does not fit in memory fails at once.
+    order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -len(rows[i]))
+    progress(len(rows) - len(order))
+    batches = iter(order)
+    for size in batch_sizes([len(rows[i]) for i in order], batch_tokens):
+        numbers = list(islice(batches, size))
+        batch = tokenizer.pad({"input_ids": [rows[i] for i in numbers]}, return_tensors="pt").to(model.device)
+        hypotheses = iter(_hypotheses(model, tokenizer, batch, scores, {**options, "num_return_sequences": n_best}))
+        for i in numbers:
+            found[i] = list(islice(hypotheses, n_best))
+        progress(size)
+    return found
+
+
+def _hypotheses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: BatchEncoding, scores: bool, options: dict
+) -> list[Hypothesis]:
+    values: list[float] | list[None]
+    if scores:
+        sequences, values = _search(model, batch, options)
+    else:
+        sequences = model.generate(**batch, **options)
+        values = [None] * len(sequences)
+    eos = model.generation_config.eos_token_id
+    eos = torch.tensor([] if eos is None else eos, device=sequences.device)
+    # The first token is the decoder's start, which may be an eos too.
+    ended = torch.isin(sequences[:, 1:], eos).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return [Hypothesis(*fields) for fields in zip(texts, values, ended, strict=True)]
+
+
+def _search(model: PreTrainedModel, batch: BatchEncoding, options: dict) -> tuple[torch.Tensor, list[float]]:
+    """What a beam search finds for each row, `[B * n_best, T]`, and the scores."""
+    output = model.generate(**batch, **options, return_dict_in_generate=True)
+    if output.sequences_scores is None:
+        # transformers' own search tells them only along with those of all words at all steps, which take much memory.
+        output = model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)
+    return output.sequences, output.sequences_scores.tolist()

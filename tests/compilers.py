@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from vanilla_transformer.program_vanilla_transformer import COMPILERS
+from vanilla_transformer.engine_program import COMPILERS
 
 
 HAS_COMPILER = any(map(shutil.which, COMPILERS))

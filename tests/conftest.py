@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, engine_choice
-from vanilla_transformer import program_vanilla_transformer as program
+from vanilla_transformer import engine_program as program
 from vanilla_transformer.training.machine import processor
 
 

@@ -176,7 +176,7 @@ def from_wheel(site: Path, *words: str, check: bool = True) -> subprocess.Comple
 def test_the_wheel_holds_everything(site):
     names = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     recipes = {f"vanilla_transformer/training/recipes/{path.name}" for path in (ROOT / "training/recipes").iterdir()}
-    others = {"vanilla_transformer/model_cards/template.md", "vanilla_transformer/native_vanilla_transformer.cpp"}
+    others = {"vanilla_transformer/model_cards/template.md", "vanilla_transformer/engine_compiled.cpp"}
     assert recipes | others <= names
     assert not [name for name in names if name.startswith(("tests", "scripts", "training", "docs"))]
     (entry,) = site.glob("*.dist-info/entry_points.txt")

@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources alone: `make lint` runs this file without torch."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -157,3 +158,14 @@ def test_what_the_hub_copies_imports_its_siblings_by_from_dot_name_import(name):
         if not right:
             wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
     assert wrong == []
+
+
+def test_each_file_of_the_network_stands_on_those_before_it_in_the_map():
+    """docs/architecture.md has them in an order in which each imports only those before it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\|$", page.split("## Which file stands on which")[1].split("\n## ")[0], re.MULTILINE)
+    order = re.findall(r"`(\w+)`", "".join(rows[1:]))
+    assert sorted(f"{name}.py" for name in order) == FLAT
+    place = {f"{NETWORK}.{name}": number for number, name in enumerate(order)}
+    siblings = [found for found in IMPORTS if found.importer in place and found.imported in place]
+    assert [str(found) for found in siblings if place[found.imported] >= place[found.importer]] == []

@@ -15,7 +15,7 @@ HIDDEN = {"AVX512": ("avx2", "AVX2"), "AVX2": ("default", "SSE41")}
 TESTS = {
     "test_engine_products.py": "",
     "test_engine_packed.py": "modules or alike or type",
-    "test_native_vanilla_transformer.py": "every_network or panels or TestInt8",
+    "test_engine_compiled.py": "every_network or panels or TestInt8",
 }
 
 

@@ -22,7 +22,7 @@ from native.run import (
     why_not_run,
 )
 
-from vanilla_transformer import program_vanilla_transformer as program
+from vanilla_transformer import engine_program as program
 
 
 pytestmark = pytest.mark.skipif(

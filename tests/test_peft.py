@@ -20,7 +20,7 @@ from transformers import (
 
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.engine_eligibility import inspect_model
-from vanilla_transformer.loss_vanilla_transformer import label_smoothed_cross_entropy
+from vanilla_transformer.network_loss import label_smoothed_cross_entropy
 from vanilla_transformer.training.errors import RecipeError
 from vanilla_transformer.training.loop.adapters import add_adapters
 from vanilla_transformer.training.loop.network import build_model

@@ -288,7 +288,7 @@ class TestLoading:
         assert answer["translations"] == expected
         assert answer["pipelines"] == [expected, expected]
         assert answer["network"]
-        places = {name.rpartition("_vanilla")[0].rpartition(".")[0] for name in answer["classes"]}
+        places = {name.rsplit(".", 2)[0] for name in answer["classes"]}
         assert places == {f"transformers_modules.NAME.mine.{hub.history(pushed)[0].sha}"}
         # The repository has no C++.
         assert answer["found_by"] == [f"{places.pop()}.generation_vanilla_transformer", "packed"]

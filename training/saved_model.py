@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
-from vanilla_transformer.loading_vanilla_transformer import refuse_lost_weights, refuse_other_tokenizer
-from vanilla_transformer.program_vanilla_transformer import load_if_possible
+from vanilla_transformer.engine_program import load_if_possible
+from vanilla_transformer.loading import refuse_nonfinite_weights, refuse_other_tokenizer
 
 from .errors import UserError
 
@@ -56,7 +56,7 @@ def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrained
             folder, trust_remote_code=False, use_safetensors=True, **told, **options
         )
         refuse_other_weights(report)
-        refuse_lost_weights(model)
+        refuse_nonfinite_weights(model)
         tokenizer = load_tokenizer(folder)
         refuse_other_tokenizer(tokenizer, model.config)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:

@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from vanilla_transformer.loading_vanilla_transformer import text_fault
+from vanilla_transformer.loading import text_fault
 
 from .data.batching import batch_sizes
 from .errors import DataError

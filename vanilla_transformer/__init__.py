@@ -24,8 +24,8 @@ from .modeling_vanilla_transformer import (
     VanillaTransformerModel,
     VanillaTransformerPreTrainedModel,
 )
-from .pipeline_vanilla_transformer import TranslationPipeline
-from .scoring_vanilla_transformer import (
+from .pipeline import TranslationPipeline
+from .scoring import (
     TranslationAlignments,
     TranslationScores,
     minimum_bayes_risk,

@@ -12,21 +12,21 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import StoppingCriteriaList
 
-from .constraints_vanilla_transformer import (
+from .decoding_beams import search_beams
+from .decoding_constraints import (
     ForbiddenPhrases,
     RequiredPhrases,
     checked_phrases,
     refuse_impossible_phrases,
     refuse_long_phrases,
 )
-from .decoding_beams import search_beams
 from .decoding_job import Options, SearchJob
 from .decoding_rows import search_rows
+from .engine_compiled import CompiledTransformer
 from .engine_copies import copy_of
 from .engine_eligibility import Inspected, inspect_model
 from .engine_packed import PackedTransformer
 from .engine_products import resolve_compute_type
-from .native_vanilla_transformer import NativeTransformer
 
 
 class Extras(NamedTuple):
@@ -234,7 +234,7 @@ class Call:
 
     def _search(self, engine: str) -> Any:
         if engine == "compiled":
-            return copy_of(*self.members[0], NativeTransformer, self.compute_type).search(self.job)
+            return copy_of(*self.members[0], CompiledTransformer, self.compute_type).search(self.job)
         engines = [copy_of(*member, PackedTransformer, self.compute_type) for member in self.members]
         return search_beams(self.job, engines) if self.config.num_beams > 1 else search_rows(self.job, engines)
 

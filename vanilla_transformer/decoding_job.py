@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import logits_process as processing
 
-from .constraints_vanilla_transformer import RequiredPhrases
+from .decoding_constraints import RequiredPhrases
 
 
 # These look at each row of scores by itself, so that sentences may leave the batch.

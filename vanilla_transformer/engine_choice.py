@@ -2,7 +2,7 @@
 
 Three engines give the same output, the fastest first:
 
-- "compiled": search and network as one C++ program (`native_vanilla_transformer.py`), for greedy and beam search on a
+- "compiled": search and network as one C++ program (`engine_compiled.py`), for greedy and beam search on a
   CPU in float32 or int8;
 - "packed": our searches in torch (`decoding_beams.py`, `decoding_rows.py`) on packed weights (`engine_packed.py`), for
   all searches, types and devices;
@@ -16,8 +16,8 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .decoding_call import Call
-from .native_vanilla_transformer import ACTIVATIONS, COMPUTE_TYPES
-from .program_vanilla_transformer import ProgramError, load, load_soon
+from .engine_compiled import ACTIVATIONS, COMPUTE_TYPES
+from .engine_program import ProgramError, load, load_soon
 
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .engine_eligibility import Inspected
-from .loading_vanilla_transformer import refuse_lost_weights
+from .loading import refuse_nonfinite_weights
 
 
 class _Copy:
@@ -72,6 +72,6 @@ def copy_of(model: PreTrainedModel, found: Inspected, make: Callable, *arguments
             copy = copies.get(kind)
             if copy is None or not copy.is_of(found):
                 copies.pop(kind, None)
-                refuse_lost_weights(model)
+                refuse_nonfinite_weights(model)
                 copies[kind] = copy = _Copy(make(model, *arguments), found)
     return copy.made

@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .operations_vanilla_transformer import Dropout, Linear
+from .network_operations import Dropout, Linear
 
 
 # What holds weights. A layer that something has wrapped (LoRA, quantisation, parallelism) is of another class.

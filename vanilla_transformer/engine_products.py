@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .operations_vanilla_transformer import FEW_PRODUCTS
+from .network_operations import FEW_PRODUCTS
 
 
 COMPUTE_TYPES = ("float32", "bfloat16", "int8")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
+from .decoding_arguments import checked_options
 from .decoding_call import Call, Extras
 from .engine_choice import Engine, choose_engine
-from .validation_vanilla_transformer import checked_options
 
 
 # Section 6.1: "maximum output length during inference to input length + 50".
@@ -64,7 +64,7 @@ class VanillaTransformerGenerationMixin(GenerationMixin):
             compute_type: what products with weights are computed in: "float32", "bfloat16", or "int8".
                 Default: the model's dtype. The weights are packed at the first call and kept beside the model.
             compiled: whether greedy and beam search run as one compiled program, in float32 or int8 on a CPU: several
-                times faster in small networks (`native_vanilla_transformer.py`). Default: as soon as it is there. It
+                times faster in small networks (`engine_compiled.py`). Default: as soon as it is there. It
                 needs a C++ compiler, which works in the background at the first use on a machine; without one the
                 output is the same, but slower. True waits for the compiler and raises an error where the program
                 cannot be had. False never takes it. What the program does not know (sampling, groups, ensembles,

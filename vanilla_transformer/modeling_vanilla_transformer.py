@@ -33,15 +33,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .engine_eligibility import is_unchanged, know
 from .generation_vanilla_transformer import VanillaTransformerGenerationMixin
-from .loading_vanilla_transformer import GuardedLoading
-from .loss_vanilla_transformer import (
+from .loading import GuardedLoading
+from .network_loss import (
     OutputWithoutLogits,
     decoder_inputs,
     label_smoothed_cross_entropy,
     projected_cross_entropy,
 )
-from .operations_vanilla_transformer import Dropout, Linear, cast_once, fast_dropout
-from .scoring_vanilla_transformer import VanillaTransformerScoringMixin
+from .network_operations import Dropout, Linear, cast_once, fast_dropout
+from .scoring import VanillaTransformerScoringMixin
 
 
 def scaled_dot_product_attention(

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    from vanilla_transformer.loading_vanilla_transformer import refuse_other_tokenizer
+    from vanilla_transformer.loading import refuse_other_tokenizer
     from vanilla_transformer.training.errors import UserError
     from vanilla_transformer.training.files import new_folder
 

@@ -1,7 +1,7 @@
-// Checks the arithmetic of instructions_vanilla_transformer.h, as it is compiled here, against sums in 64 bits: every
+// Checks the arithmetic of engine_instructions.h, as it is compiled here, against sums in 64 bits: every
 // state times every weight, beside the largest products there are.
 
-#include "instructions_vanilla_transformer.h"
+#include "engine_instructions.h"
 
 #include <cstdio>
 #include <random>

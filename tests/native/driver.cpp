@@ -7,7 +7,7 @@
 // on the number of threads nor on other searches, bit for bit, and that all that goes wrong ends as an outcome. The
 // sanitizers ask the rest. The linker's --wrap leads allocations and the start of threads to the functions below.
 
-#include "native_vanilla_transformer.cpp"
+#include "engine_compiled.cpp"
 
 #include <cerrno>
 #include <csignal>
@@ -209,7 +209,7 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
-// As native_vanilla_transformer.py lists them.
+// As engine_compiled.py lists them.
 class RandomWeights {
  public:
   RandomWeights(Random& random, OwnedNetwork& network) : random_(random), sizes_(network.sizes), all_(network.numbers) {

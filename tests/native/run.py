@@ -30,8 +30,8 @@ from vanilla_transformer import (
     decoding_call,
     engine_choice,
 )
-from vanilla_transformer import native_vanilla_transformer as native
-from vanilla_transformer import program_vanilla_transformer as program
+from vanilla_transformer import engine_compiled as native
+from vanilla_transformer import engine_program as program
 
 
 FOLDER = Path(__file__).parent

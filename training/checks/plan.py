@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import convert_bytes
 from transformers import PreTrainedModel
 
-from vanilla_transformer.operations_vanilla_transformer import linear
+from vanilla_transformer.network_operations import linear
 
 from ..data.batching import TokenBudgetBatches
 from ..data.bpe_dropout import BpeDropoutRows

@@ -24,7 +24,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer.loading_vanilla_transformer import text_fault
+from vanilla_transformer.loading import text_fault
 
 from ..errors import DataError
 from ..settings.arguments import DataArguments

@@ -24,7 +24,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer.loading_vanilla_transformer import text_fault
+from vanilla_transformer.loading import text_fault
 
 from ..errors import DataError, UserError
 from ..settings.arguments import DataArguments

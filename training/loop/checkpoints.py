@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 
-from vanilla_transformer.loading_vanilla_transformer import refuse_strange_shards
+from vanilla_transformer.loading import refuse_strange_shards
 
 from ..errors import UserError
 from ..files import put_in_place, to_disk

@@ -11,7 +11,7 @@ stays comparable with that of other runs. Adam does not see the factor.
 
 import torch
 
-from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
+from vanilla_transformer.network_loss import IGNORE_INDEX
 
 
 # Target tokens that are compared at a time: a CPU's cache holds about as many.

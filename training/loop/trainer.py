@@ -15,7 +15,7 @@ from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.utils import PushInProgress
 
-from vanilla_transformer.loss_vanilla_transformer import IGNORE_INDEX
+from vanilla_transformer.network_loss import IGNORE_INDEX
 
 from ..data.batching import TokenBudgetBatches, token_budget
 from ..data.bpe_dropout import BpeDropoutRows

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vanilla_transformer.engine_products import is_native
-from vanilla_transformer.program_vanilla_transformer import ProgramError, load
+from vanilla_transformer.engine_program import ProgramError, load
 from vanilla_transformer.training.errors import UserError
 
 from .contenders import Contender

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vanilla_transformer.engine_products import pack_linear
-from vanilla_transformer.operations_vanilla_transformer import linear
+from vanilla_transformer.network_operations import linear
 from vanilla_transformer.training.machine import fastest, read_rate
 
 from .contenders import TYPES

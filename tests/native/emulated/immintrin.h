@@ -1,4 +1,4 @@
-// The instructions of instructions_vanilla_transformer.h in plain C++, as Intel's guide describes them: a processor
+// The instructions of engine_instructions.h in plain C++, as Intel's guide describes them: a processor
 // without AVX-512 or VNNI can run what is written for them. The compiler finds this file before its own (-isystem).
 
 #pragma once

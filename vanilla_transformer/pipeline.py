@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline, TextIteratorStreamer
 
-from .loading_vanilla_transformer import refuse_other_tokenizer, text_fault
+from .decoding_arguments import FLAG, GENERATION_OPTIONS, Rule, refuse_wrong_values, whole_number
+from .loading import refuse_other_tokenizer, text_fault
 from .pipeline_sentences import as_one_sentence, space_after, split_sentences
-from .validation_vanilla_transformer import FLAG, GENERATION_OPTIONS, Rule, refuse_wrong_values, whole_number
 
 
 # Of a generator or a dataset, so many batches of sentences are read ahead, to be sorted by their length.

@@ -30,7 +30,7 @@
 #include <utility>
 #include <vector>
 
-#include "instructions_vanilla_transformer.h"
+#include "engine_instructions.h"
 
 namespace {
 
@@ -232,7 +232,7 @@ float sum_of_exponentials(const float* x, Index n, float largest) {
   return sum;
 }
 
-// What follows a product. The numbers are shared with native_vanilla_transformer.py.
+// What follows a product. The numbers are shared with engine_compiled.py.
 enum class Activation : Index { kNone, kRelu, kSilu, kGelu };
 
 // In place, for a panel's columns.
@@ -568,7 +568,7 @@ class Source {
 
 // ---- The network ---------------------------------------------------------------------------------------------------
 
-// Shared with native_vanilla_transformer.py.
+// Shared with engine_compiled.py.
 struct Sizes {
   Index d_model, source_vocabulary, vocabulary;
   Index encoder_layers, encoder_heads, encoder_ffn, decoder_layers, decoder_heads, decoder_ffn;
@@ -586,7 +586,7 @@ struct Sizes {
   }
 };
 
-// A matrix or vector of weights, shared with native_vanilla_transformer.py.
+// A matrix or vector of weights, shared with engine_compiled.py.
 struct Weight {
   const float* numbers;
   Index count;
@@ -806,7 +806,7 @@ class States {
 
 // ---- The searches --------------------------------------------------------------------------------------------------
 
-// What is asked for, shared with native_vanilla_transformer.py.
+// What is asked for, shared with engine_compiled.py.
 struct Job {
   Index sentences, threads;
   const Index* source;         // the ids of all source tokens, sentence after sentence, without padding

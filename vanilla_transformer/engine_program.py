@@ -1,4 +1,4 @@
-"""The compiled program of native_vanilla_transformer.cpp: for which processor, by which compiler, where it is kept.
+"""The compiled program of engine_compiled.cpp: for which processor, by which compiler, where it is kept.
 
 It is compiled at its first use on a machine, which takes about ten seconds, and kept in the user's cache folder. Where
 that folder cannot be used, each process compiles it for itself. `load` waits for the compiler; `load_soon` never does.
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 
-SOURCE = Path(__file__).with_name("native_vanilla_transformer.cpp")
-HEADER = Path(__file__).with_name("instructions_vanilla_transformer.h")
+SOURCE = Path(__file__).with_name("engine_compiled.cpp")
+HEADER = Path(__file__).with_name("engine_instructions.h")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp-simd", "-pthread"]
 COMPILERS = ("g++", "clang++", "c++")
 

@@ -1,5 +1,5 @@
-// The arithmetic of native_vanilla_transformer.cpp that depends on the processor: all of it is here. The compiler's
-// flags choose the instruction set (`compiler_flags` in native_vanilla_transformer.py).
+// The arithmetic of engine_compiled.cpp that depends on the processor: all of it is here. The compiler's
+// flags choose the instruction set (`compiler_flags` in engine_compiled.py).
 //
 // A product in 8 bits multiplies states and weights that are whole numbers from -127 to 127. The sum of two of their
 // products is at most 2 * 127 * 127 = 32,258 and fits into 16 bits, so that no instruction below saturates: the sums

@@ -1,4 +1,4 @@
-"""The compiled program itself. tests/test_search_vanilla_transformer.py runs all searches through it."""
+"""The compiled program itself. tests/test_decoding_beams.py runs all searches through it."""
 
 import multiprocessing
 import signal
@@ -13,8 +13,8 @@ from compilers import needs_compiler
 from networks import NETWORKS
 from transformers import GenerationMixin
 
-from vanilla_transformer import native_vanilla_transformer as native
-from vanilla_transformer import program_vanilla_transformer as program
+from vanilla_transformer import engine_compiled as native
+from vanilla_transformer import engine_program as program
 from vanilla_transformer.engine_choice import Engine
 from vanilla_transformer.engine_packed import PackedTransformer
 
@@ -191,7 +191,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS.keys())
 def test_what_it_does_not_know_is_decoded_without_it(lively_model, source, monkeypatch, options):
-    monkeypatch.setattr(native.NativeTransformer, "search", lambda *_: pytest.fail("the program was used"))
+    monkeypatch.setattr(native.CompiledTransformer, "search", lambda *_: pytest.fail("the program was used"))
     outputs = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_what_it_does_not_know_is_decoded_without_it(lively_model, source, monke
 
 
 def test_an_ensemble_and_other_activations_are_decoded_without_it(lively_model, source, monkeypatch):
-    monkeypatch.setattr(native.NativeTransformer, "search", lambda *_: pytest.fail("the program was used"))
+    monkeypatch.setattr(native.CompiledTransformer, "search", lambda *_: pytest.fail("the program was used"))
     model, tanh = lively_model(), lively_model(activation_function="tanh")
     for options in ({"ensemble": [lively_model(seed=1)]}, {}):
         chosen = model if options else tanh
@@ -242,7 +242,7 @@ def test_ends_that_are_not_in_the_vocabulary_never_come(lively_model, source, no
 
 def test_another_thread_s_engine_is_not_taken(lively_model, source, monkeypatch):
     """The program does not know sampling. Between choice and search, another thread decodes by the program."""
-    monkeypatch.setattr(native.NativeTransformer, "search", lambda *_: pytest.fail("the program was used"))
+    monkeypatch.setattr(native.CompiledTransformer, "search", lambda *_: pytest.fail("the program was used"))
     model = lively_model()
     of_another = Engine("compiled", "")
     monkeypatch.setattr(type(model), "last_engine", property(lambda _: of_another, lambda *_: None))

@@ -1,4 +1,4 @@
-"""Greedy and beam search as one compiled program, native_vanilla_transformer.cpp: the fastest engine on a CPU.
+"""Greedy and beam search as one compiled program, engine_compiled.cpp: the fastest engine on a CPU.
 
 In a small network a call of torch takes longer than the product that it is made for, and a step of a search is some
 hundred calls. Here the encoder, the decoder's steps and the search are one call.
@@ -16,7 +16,7 @@ from transformers.generation import GenerateEncoderDecoderOutput
 from .decoding_beams import beam_outputs
 from .decoding_job import SearchJob
 from .engine_packed import PositionTable, scaled_query, weight_and_bias
-from .program_vanilla_transformer import Job, Sizes, Weight, load
+from .engine_program import Job, Sizes, Weight, load
 
 
 COMPUTE_TYPES = ("float32", "int8")
@@ -42,7 +42,7 @@ def _raise(outcome: int, message: str) -> None:
     raise RuntimeError(f"generate(): the compiled program refuses its input: {message}")
 
 
-class NativeTransformer:
+class CompiledTransformer:
     """A model's weights as the program reads them."""
 
     def __init__(self, model: Any, compute_type: str):

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .loss_vanilla_transformer import CHUNK, IGNORE_INDEX, decoder_inputs
-from .validation_vanilla_transformer import refuse_other_ids, refuse_other_shape
+from .decoding_arguments import refuse_other_ids, refuse_other_shape
+from .network_loss import CHUNK, IGNORE_INDEX, decoder_inputs
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.loss_vanilla_transformer import CHUNK, label_smoothed_cross_entropy, projected_cross_entropy
+from vanilla_transformer.network_loss import CHUNK, label_smoothed_cross_entropy, projected_cross_entropy
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class GuardedLoading:
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
 
-def refuse_lost_weights(model: Any) -> None:
+def refuse_nonfinite_weights(model: Any) -> None:
     """
     Looks for what training that has diverged leaves behind.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vanilla_transformer.operations_vanilla_transformer import (
+from vanilla_transformer.network_operations import (
     FEW_PRODUCTS,
     Dropout,
     Linear,

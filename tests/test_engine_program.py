@@ -18,7 +18,7 @@ from compilers import needs_compiler
 from transformers import GenerationMixin
 
 from vanilla_transformer import engine_choice
-from vanilla_transformer import program_vanilla_transformer as program
+from vanilla_transformer import engine_program as program
 
 
 LENGTHS = (7, 4, 1, 6)
@@ -126,7 +126,7 @@ def _no_home(_):
 DAMAGED = """
 import random, sys
 from pathlib import Path
-from vanilla_transformer import program_vanilla_transformer as program
+from vanilla_transformer import engine_program as program
 
 program.load()
 (file,) = Path(sys.argv[1]).iterdir()
@@ -185,7 +185,7 @@ class TestDamage:
         assert done.stdout.count("\n") == 6
 
     def test_processes_may_compile_at_once(self, cache):
-        code = "from vanilla_transformer.program_vanilla_transformer import load; load()"
+        code = "from vanilla_transformer.engine_program import load; load()"
         several = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
         assert [process.wait(timeout=300) for process in several] == [0, 0, 0]
         assert [path.suffix for path in cache.iterdir()] == [".so"]

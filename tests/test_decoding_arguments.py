@@ -12,7 +12,7 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
-from vanilla_transformer.pipeline_vanilla_transformer import OWN_OPTIONS
+from vanilla_transformer.pipeline import OWN_OPTIONS
 
 
 NAN = float("nan")

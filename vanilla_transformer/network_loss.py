@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from .operations_vanilla_transformer import linear, weight_gradient
+from .network_operations import linear, weight_gradient
 
 
 IGNORE_INDEX = -100

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationMixin
 
-from vanilla_transformer.constraints_vanilla_transformer import Progress, RequiredPhrases
+from vanilla_transformer.decoding_constraints import Progress, RequiredPhrases
 
 
 LENGTHS = (7, 4, 1, 6, 3)

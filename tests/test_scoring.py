@@ -12,7 +12,7 @@ from sacrebleu.metrics import CHRF
 from torch.nn import functional as F
 
 from vanilla_transformer import minimum_bayes_risk, to_pharaoh, train_tokenizer, word_alignment
-from vanilla_transformer.scoring_vanilla_transformer import sentence_chrf
+from vanilla_transformer.scoring import sentence_chrf
 from vanilla_transformer.training.publishing.pictures import draw_alignment
 
 

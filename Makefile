@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint help conformance fuzz sanitize arm peers clean
+.PHONY: quickstart test lint help conformance fuzz sanitize arm peers oldest clean
 
 # A Transformer learns the phrasebook, is saved, comes back in a new process, and translates.
 quickstart: .venv/installed
@@ -63,5 +63,17 @@ peers: .peers/joeynmt/installed .peers/eole/installed .peers/torchao/installed
 	$(BIN)/pip --python .peers/$*/bin/python install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@
 
+# The tests with the oldest versions that pyproject.toml promises, in an environment of their own. TESTS names a few.
+TESTS ?= tests
+oldest: .oldest/installed
+	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest $(TESTS)
+
+.oldest/installed: pyproject.toml tests/oldest.py
+	rm -rf .oldest
+	$(PYTHON) -m venv .oldest
+	.oldest/bin/python tests/oldest.py > .oldest/constraints.txt
+	.oldest/bin/pip install --quiet --disable-pip-version-check --constraint .oldest/constraints.txt --editable '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv .peers .conformance build dist *.egg-info runs/quickstart
+	rm -rf .venv .peers .oldest .conformance build dist *.egg-info runs/quickstart

@@ -368,7 +368,7 @@ class TestLoading:
 
     def test_a_saved_pipeline_has_its_code_and_a_model_saved_after_it_has_none(self, pipe, model, tmp_path):
         pipe.save_pretrained(tmp_path / "pipeline")
-        modules = {"pipeline.py", "pipeline_sentences.py", "loading.py", "decoding_arguments.py"}
+        modules = {"pipeline.py", "pipeline_batches.py", "pipeline_sentences.py", "loading.py", "decoding_arguments.py"}
         assert {path.name for path in (tmp_path / "pipeline").glob("*.py")} == modules
         for options in ({"trust_remote_code": True}, {"pipeline_class": TranslationPipeline}):
             loaded = pipeline("translation", model=str(tmp_path / "pipeline"), device="cpu", **options)

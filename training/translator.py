@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from vanilla_transformer.loading import text_fault
+from vanilla_transformer.pipeline_batches import batches_by_length, longest_sentence
 
-from .data.batching import batch_sizes
 from .errors import DataError
 
 
@@ -66,14 +66,13 @@ def encode(
         if fault := text_fault(text):
             raise DataError(f"{place(number)} {fault}")
     ids = tokenizer(texts, return_attention_mask=False)["input_ids"]
-    limit = model.config.max_position_embeddings
-    if model.config.position_embedding_type == "learned":
-        for number, row in enumerate(ids, start=1):
-            if len(row) > limit:
-                raise DataError(
-                    f"{place(number)} has {len(row)} tokens, but the model has learned positions for "
-                    f"max_position_embeddings={limit}: split the text"
-                )
+    longest = longest_sentence(model.config)
+    for number, row in enumerate(ids, start=1):
+        if longest is not None and len(row) > longest:
+            raise DataError(
+                f"{place(number)} has {len(row)} tokens, but the model has learned positions for "
+                f"max_position_embeddings={longest}: split the text"
+            )
     return [row if text.strip() else [] for row, text in zip(ids, texts, strict=True)]
 
 
@@ -104,17 +103,15 @@ def translate_rows(
         For each row `n_best` translations, the best first, in the order of the rows.
     """
     found = [[Hypothesis("", 0.0 if scores else None, True)] * n_best for _ in rows]
-    # The longest first: a batch that does not fit in memory fails at once.
-    order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -len(rows[i]))
-    progress(len(rows) - len(order))
-    batches = iter(order)
-    for size in batch_sizes([len(rows[i]) for i in order], batch_tokens):
-        numbers = list(islice(batches, size))
+    filled = [number for number, row in enumerate(rows) if row]
+    progress(len(rows) - len(filled))
+    for places in batches_by_length([len(rows[number]) for number in filled], batch_tokens):
+        numbers = [filled[place] for place in places]
         batch = tokenizer.pad({"input_ids": [rows[i] for i in numbers]}, return_tensors="pt").to(model.device)
         hypotheses = iter(_hypotheses(model, tokenizer, batch, scores, {**options, "num_return_sequences": n_best}))
         for i in numbers:
             found[i] = list(islice(hypotheses, n_best))
-        progress(size)
+        progress(len(numbers))
     return found
 
 

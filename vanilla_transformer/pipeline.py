@@ -16,6 +16,7 @@ from transformers import Pipeline, TextIteratorStreamer
 
 from .decoding_arguments import FLAG, GENERATION_OPTIONS, Rule, refuse_wrong_values, whole_number
 from .loading import refuse_other_tokenizer, text_fault
+from .pipeline_batches import batches_by_length, longest_sentence
 from .pipeline_sentences import as_one_sentence, space_after, split_sentences
 
 
@@ -230,7 +231,7 @@ class TranslationPipeline(Pipeline):
         if fault := text_fault(text):
             raise ValueError(f"text {number} {fault}")
         prepared = self.preprocess(text, **preprocess_params)
-        longest = self._longest_sentence()
+        longest = longest_sentence(self.model.config)
         for sentence, ids in enumerate(prepared["input_ids"], start=1):
             if longest is not None and len(ids) > longest:
                 raise ValueError(
@@ -239,17 +240,11 @@ class TranslationPipeline(Pipeline):
                 )
         return prepared
 
-    def _longest_sentence(self) -> int | None:
-        """How many tokens learned positions are for. Other models can be loaded for this task, and lack the field."""
-        config = self.model.config
-        learned = getattr(config, "position_embedding_type", None) == "learned"
-        return config.max_position_embeddings if learned else None
-
     def preprocess(self, text: str, split: bool = True, truncation: bool | str = False) -> dict[str, list]:
         """Sentences with the white space after them (`pieces`), and the tokens of those that are not empty."""
         pieces = split_sentences(text) if split else as_one_sentence(text)
         sentences = [sentence for sentence, _ in pieces if sentence]
-        cut = {"truncation": truncation, "max_length": self._longest_sentence()} if truncation else {}
+        cut = {"truncation": truncation, "max_length": longest_sentence(self.model.config)} if truncation else {}
         ids = self.tokenizer(sentences, return_attention_mask=False, **cut)["input_ids"] if sentences else []
         return {"pieces": pieces, "input_ids": ids}
 
@@ -258,12 +253,8 @@ class TranslationPipeline(Pipeline):
     ) -> Iterator[list[dict]]:
         """Translates the sentences of prepared texts, the longest first, and yields the best of each text."""
         rows = [ids for text in texts for ids in text["input_ids"]]
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         best: list[list[tuple[str, float]]] = [[] for _ in rows]
-        start = 0
-        while start < len(order):
-            batch = order[start : start + max(1, batch_tokens // len(rows[order[start]]))]
-            start += len(batch)
+        for batch in batches_by_length([len(row) for row in rows], batch_tokens):
             padded = self.tokenizer.pad({"input_ids": [rows[row] for row in batch]}, return_tensors="pt")
             outputs = self.forward(padded, **options)
             translations = self.tokenizer.batch_decode(outputs["sequences"], skip_special_tokens=True, **decoding)

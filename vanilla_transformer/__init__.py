@@ -35,7 +35,7 @@ from .scoring import (
 from .tokenization_vanilla_transformer import VanillaTransformerTokenizer, train_tokenizer
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("vanilla_transformer", VanillaTransformerConfig)
 AutoModel.register(VanillaTransformerConfig, VanillaTransformerModel)

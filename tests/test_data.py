@@ -238,7 +238,7 @@ BAD_DATA = {
     "half a character": (
         {"a.jsonl": text(r'{"source": "\ud800", "target": "b"}')},
         {"train_file": ["a.jsonl"]},
-        "train, row 1: the source holds '\\ud800', half of a surrogate pair, as its character 1",
+        "train, row 1: the source has half of a surrogate pair, '\\ud800', at character 1",
     ),
     "number in a translation": (
         {"a.jsonl": json_lines([*TRANSLATIONS, {"translation": {"en": "a", "de": 5}}])},

@@ -532,7 +532,7 @@ class TestReference:
             assert output[row, : len(tokens)].tolist() == tokens
 
     def test_an_ensemble_of_other_vocabularies_is_an_error(self, models, source, lively_model):
-        with pytest.raises(ValueError, match="model 1 has vocab_size=67 and this one 61"):
+        with pytest.raises(ValueError, match="model 1 has vocab_size=67, this one has 61"):
             models("paper").generate(**source(), ensemble=[lively_model(vocab_size=67)])
         training = lively_model().train()
         with pytest.raises(ValueError, match="model 1 must be in evaluation mode"):

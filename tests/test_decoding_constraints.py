@@ -304,10 +304,10 @@ class TestProgress:
 MISTAKES = {
     "a list too few": ({"required_phrases": [[[5]]] * 4}, r"required_phrases has lists for 4 sentences.*there are 5"),
     "a list too many": ({"forbidden_phrases": [[]] * 6}, r"forbidden_phrases has lists for 6 sentences.*there are 5"),
-    "no token": ({"required_phrases": [[], [[]], [], [], []]}, r"required_phrases\[1\] holds \[\]"),
-    "a bare token": ({"forbidden_phrases": [[], [], [7], [], []]}, r"forbidden_phrases\[2\] holds 7, which is no"),
-    "a token too high": ({"required_phrases": [[[5, 61]]] * 5}, r"required_phrases\[0\] holds the token id 61; ids go"),
-    "a negative token": ({"forbidden_phrases": [[[-1]]] * 5}, r"forbidden_phrases\[0\] holds the token id -1"),
+    "no token": ({"required_phrases": [[], [[]], [], [], []]}, r"required_phrases\[1\] contains \[\]"),
+    "a bare token": ({"forbidden_phrases": [[], [], [7], [], []]}, r"forbidden_phrases\[2\] contains 7, which is no"),
+    "a token too high": ({"required_phrases": [[[5, 61]]] * 5}, r"required_phrases\[0\] contains token id 61; ids go"),
+    "a negative token": ({"forbidden_phrases": [[[-1]]] * 5}, r"forbidden_phrases\[0\] contains token id -1"),
     "greedy search": ({"required_phrases": [[[5]]] * 5, "num_beams": 1}, r"required_phrases needs beam search"),
     "sampling": ({"required_phrases": [[[5]]] * 5, "do_sample": True}, r"required_phrases needs beam search"),
     "groups": (
@@ -315,20 +315,20 @@ MISTAKES = {
     ),
     "too many new tokens": (
         {"required_phrases": [[], [[5, 6], [7, 8]], [], [], []], "max_new_tokens": 4},
-        r"required_phrases\[1\] holds 4 tokens.*do not fit into 4 new tokens",
+        r"required_phrases\[1\] contains 4 tokens.*do not fit into 4 new tokens",
     ),
     "beyond the maximum": (
-        {"required_phrases": [[[5] * 12]] * 5, "max_length": 13}, r"holds 12 tokens.*do not fit into 12 new tokens",
+        {"required_phrases": [[[5] * 12]] * 5, "max_length": 13}, r"contains 12 tokens.*do not fit into 12 new tokens",
     ),
     "an end inside": (
-        {"required_phrases": [[], [], [[5, 2]], [], []]}, r"required_phrases\[2\] holds \[5, 2\] with 2, which ends",
+        {"required_phrases": [[], [], [[5, 2]], [], []]}, r"required_phrases\[2\] contains \[5, 2\] with 2, which ends",
     ),
     "another end inside": (
         {"required_phrases": [[[5, 9]]] * 5, "eos_token_id": [2, 9]}, r"holds \[5, 9\] with 9, which ends a sentence",
     ),
     "required and forbidden": (
         {"required_phrases": [[[5, 6, 7]]] * 5, "forbidden_phrases": [[], [], [], [[6, 7]], []]},
-        r"required_phrases\[3\] holds \[5, 6, 7\], of which forbidden_phrases\[3\] forbids \[6, 7\]",
+        r"required_phrases\[3\] contains \[5, 6, 7\], but forbidden_phrases\[3\] forbids \[6, 7\]",
     ),
 }  # fmt: skip
 

@@ -13,8 +13,8 @@ CHOICES = {
     "default": ({}, "compiled", ""),
     "greedy": ({"num_beams": 1}, "compiled", ""),
     "told not to": ({"compiled": False}, "packed", "compiled=False"),
-    "sampling": ({"do_sample": True, "num_beams": 1}, "packed", "it does not know sampling"),
-    "bfloat16": ({"compute_type": "bfloat16"}, "packed", "it computes in float32 or int8, not in bfloat16"),
+    "sampling": ({"do_sample": True, "num_beams": 1}, "packed", "does not support sampling"),
+    "bfloat16": ({"compute_type": "bfloat16"}, "packed", "program computes in float32 or int8, not in bfloat16"),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "transformers", "output_attentions"),
 }
 
@@ -98,7 +98,7 @@ class TestStock:
         for own, value in OWN.items():
             if "num_beams" in arguments and own == "required_phrases":
                 continue
-            with pytest.raises(ValueError, match=f"{own} does not go with .*{name}"):
+            with pytest.raises(ValueError, match=f"{own} cannot be combined with .*{name}"):
                 model.generate(**source, **filled({**arguments, own: value}, model, source))
 
 

@@ -240,7 +240,7 @@ def test_models_that_are_not_as_we_know_them_are_left_to_transformers(lively_mod
     assert told in model.last_engine.reason
     if change not in (in_training, in_float64):  # the others change what is found
         assert before.sequences.tolist() != outputs[0].sequences.tolist()
-    with pytest.raises(ValueError, match="coverage_penalty does not go with"):
+    with pytest.raises(ValueError, match="coverage_penalty cannot be combined with"):
         model.generate(**source, coverage_penalty=0.1)
 
 

@@ -253,16 +253,16 @@ class TestDamage:
 FAILURES = {
     "kill -9 $$": "was killed by SIGKILL: is there enough memory?",
     "echo 'g++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1": (
-        "broke off: g++: fatal error: Killed signal terminated program cc1plus: is there enough memory?"
+        "crashed: g++: fatal error: Killed signal terminated program cc1plus: is there enough memory?"
     ),
     "echo 'collect2: fatal error: ld terminated with signal 9 [Killed]' >&2; exit 1": (
-        "broke off: collect2: fatal error: ld terminated with signal 9 [Killed]: is there enough memory?"
+        "crashed: collect2: fatal error: ld terminated with signal 9 [Killed]: is there enough memory?"
     ),
     "echo '/tmp/cc1.s: fatal error: /tmp/cc1.o: No space left on device' >&2; exit 1": (
-        "found the disk full: /tmp/cc1.s: fatal error: /tmp/cc1.o: No space left on device"
+        "failed because the disk is full: /tmp/cc1.s: fatal error: /tmp/cc1.o: No space left on device"
     ),
     "echo 'error: unterminated argument list' >&2; exit 1": (
-        "failed with exit status 1; set CXX to one that knows C++20\nerror: unterminated argument list"
+        "failed with exit status 1; set CXX to one that supports C++20\nerror: unterminated argument list"
     ),
     "exit 0": "the compiled program cannot be written: [Errno 2] No such file or directory",
     'for last; do :; done; echo nonsense > "$last"': "the compiled program cannot be loaded: ",

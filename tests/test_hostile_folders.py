@@ -234,9 +234,9 @@ CASES = [
     Case(plain_pickle, "model.safetensors", pickle.UnpicklingError),
     Case(pickle_called_safetensors, "header", SafetensorError),
     Case(pickled_shard, "'shard.bin': its shards are .safetensors files", ValueError),
-    Case(shard_above, "'../stolen.safetensors': its shards are .safetensors files that lie in its own", ValueError),
-    Case(shard_at_a_path, "stolen.safetensors': its shards are .safetensors files that lie in its own", ValueError),
-    Case(index_that_is_a_list, "is no index of shards", ValueError),
+    Case(shard_above, "'../stolen.safetensors': shards must be .safetensors files in the same folder", ValueError),
+    Case(shard_at_a_path, "stolen.safetensors': shards must be .safetensors files in the same folder", ValueError),
+    Case(index_that_is_a_list, "is not a valid shard index", ValueError),
     Case(weights_named_by_the_config, "inside the model directory", ValueError),
     Case(huge_header, "header", SafetensorError),
     Case(offsets_out_of_the_file, "header", SafetensorError),
@@ -245,13 +245,13 @@ CASES = [
     Case(truncated, "incomplete", SafetensorError),
     Case(other_shape, "fc1.bias is [32], where [40] is expected", RuntimeError),
     Case(missing_tensor, f"{LAYER} is missing", None),
-    Case(lost_weights, f"{LAYER} holds nan", None),
+    Case(lost_weights, f"{LAYER} contains nan", None),
     Case(fewer_layers, "there is no place for model.decoder.layers.1.", None),
     Case(impossible_network, "d_model=-16", Exception),
-    Case(larger_tokenizer, "the tokenizer has 264 tokens, and the model vocab_size=262", None),
-    Case(smaller_tokenizer, "the tokenizer has 262 tokens, and the model vocab_size=300", None),
-    Case(other_padding, "the tokenizer has pad_token_id=3, and the model pad_token_id=0", None),
-    Case(other_end, "the tokenizer has eos_token_id=2, and the model eos_token_id=3", None),
+    Case(larger_tokenizer, "the tokenizer has 264 tokens, but the model has vocab_size=262", None),
+    Case(smaller_tokenizer, "the tokenizer has 262 tokens, but the model has vocab_size=300", None),
+    Case(other_padding, "the tokenizer has pad_token_id=3, but the model has pad_token_id=0", None),
+    Case(other_end, "the tokenizer has eos_token_id=2, but the model has eos_token_id=3", None),
     Case(tokenizer_that_is_no_json, "cannot be loaded", None),
     Case(config_that_is_no_json, "not a valid JSON file", OSError),
     Case(config_that_is_a_list, "Unrecognized model", Exception),
@@ -339,7 +339,7 @@ def test_a_table_that_is_padded_for_the_gpu_is_not_hostile(folder):
 
 def test_the_pipeline_refuses_the_tokenizer_of_another_model(folder, marker):
     larger_tokenizer(folder, marker)
-    with pytest.raises(ValueError, match="the tokenizer has 264 tokens, and the model vocab_size=262"):
+    with pytest.raises(ValueError, match="the tokenizer has 264 tokens, but the model has vocab_size=262"):
         pipeline("translation", model=str(folder))
 
 
@@ -411,7 +411,7 @@ CHECKPOINTS = {
     "scaler": (pickled("scaler.pt"), f"scaler.pt {RUN_BY_PICKLE}"),
     "weights": (pickled_weights, f"pytorch_model.bin {RUN_BY_PICKLE}"),
     "garbage": (lambda folder, _: (folder / "optimizer.pt").write_bytes(b"PK"), "optimizer.pt holds more than tensors"),
-    "a shard above": (shard_above, "its shards are .safetensors files that lie in its own folder"),
+    "a shard above": (shard_above, "shards must be .safetensors files in the same folder"),
 }
 
 

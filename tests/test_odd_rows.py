@@ -63,7 +63,7 @@ def test_a_message_shows_the_beginning_of_a_long_value(name, content, message, t
     assert message in message_of(tmp_path / name, content)
 
 
-FAULT = r"the target holds '\ud83d', half of a surrogate pair, as its character 2, and must be Unicode text"
+FAULT = r"the target has half of a surrogate pair, '\ud83d', at character 2, and must be Unicode text"
 
 
 def test_half_of_a_surrogate_pair_is_named_with_its_row(tmp_path):

@@ -226,7 +226,7 @@ def test_batches_keep_the_budget_and_take_the_longest_sentences_first(pipe, mode
     [
         ("One.", {"batch_size": 8}, r"batch_size=8: .* give batch_tokens"),
         ("One.", {"required_phrases": [[[5]]]}, r"required_phrases has an entry for each row"),
-        ("One.", {"return_scores": True, "num_beams": 1}, r"return_scores=True, .* raise num_beams above 1"),
+        ("One.", {"return_scores": True, "num_beams": 1}, r"return_scores=True, .* set num_beams above 1"),
         ("One.", {"nonsense": 1}, r"nonsense"),
         (["One.", {"source": "One."}], {}, r"text 2 is not a string, but of type dict: .* KeyDataset"),
         ({"source": "One."}, {}, r"text 1 is not a string"),
@@ -272,9 +272,9 @@ class TestTransformers4:
             ({"return_tensors": True}, "return_tensors can only be False: call generate"),
             ({"return_text": False}, "return_text can only be True"),
             ({"return_type": 0}, "return_type can only be 1, text"),
-            ({"stop_sequence": "."}, "stop_sequence is not taken: give its id as eos_token_id"),
-            ({"src_lang": "en"}, "src_lang is not taken: .* tags for several"),
-            ({"tgt_lang": "de"}, "tgt_lang is not taken"),
+            ({"stop_sequence": "."}, "stop_sequence is not supported: give its id as eos_token_id"),
+            ({"src_lang": "en"}, "src_lang is not supported: .* tags for several"),
+            ({"tgt_lang": "de"}, "tgt_lang is not supported"),
             ({"framework": "tf"}, "framework can only be 'pt'"),
         ],
     )

@@ -8,9 +8,9 @@ import re
 from typing import Any
 
 
-# torch's OpenMP reads this when torch is loaded, so it comes before the other imports. A thread that waits for another
-# one spins, by default for milliseconds. Where other processes keep a core busy, the threads then spin away the time
-# of the core that they wait for. After 3,000 turns, some microseconds, they sleep. What the user has set stays.
+# torch's OpenMP reads this when torch is loaded, so it is set before the other imports. A waiting OpenMP thread spins,
+# by default for milliseconds. When other processes keep the cores busy, this spinning delays the very thread that is
+# waited for. With this setting a thread sleeps after 3,000 turns (some microseconds). A user's own setting is kept.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -40,17 +40,17 @@ __version__ = "0.2.0"
 AutoConfig.register("vanilla_transformer", VanillaTransformerConfig)
 AutoModel.register(VanillaTransformerConfig, VanillaTransformerModel)
 AutoModelForSeq2SeqLM.register(VanillaTransformerConfig, VanillaTransformerForConditionalGeneration)
-# For AutoTokenizer, by its name. AutoTokenizer.register() would make it the tokenizer of all our models, and a folder
-# that brings code for another would no longer be refused.
+# Registered by name, for AutoTokenizer. AutoTokenizer.register() would make it the tokenizer of all our models, and a
+# folder that brings the code of another tokenizer would no longer be refused.
 REGISTERED_TOKENIZER_CLASSES["VanillaTransformerTokenizer"] = VanillaTransformerTokenizer
 
-# transformers 5 gave up its own translation pipeline, and refuses the name of its task before it looks for another.
+# transformers 5 dropped its translation pipeline, and rejects the task's name before it looks for a registered one.
 REMOVED_TASKS.pop("translation", None)
 PIPELINE_REGISTRY.register_pipeline("translation", TranslationPipeline, pt_model=AutoModelForSeq2SeqLM, type="text")
 
 
 def _check_task(task: str) -> tuple[str, dict, Any]:
-    """transformers 4 also knew the task with its languages, such as "translation_en_to_de"."""
+    """Accepts the name with languages too, as transformers 4 did: "translation_en_to_de"."""
     return PipelineRegistry.check_task(
         PIPELINE_REGISTRY, "translation" if re.fullmatch(r"translation_\w+_to_\w+", task) else task
     )

@@ -1,7 +1,7 @@
 """The configuration of the encoder-decoder Transformer of "Attention Is All You Need" (Vaswani et al., 2017).
 
-Every default is the paper's base model (Table 3, first row). The fields carry BART's and Marian's names wherever
-those have one, so that tools which know those models know this one.
+Every default is the paper's base model (Table 3, first row). The fields have the names of BART and Marian
+where those have such a field, so that tools written for those models work with this one.
 """
 
 from difflib import get_close_matches
@@ -66,8 +66,9 @@ class VanillaTransformerConfig(PreTrainedConfig):
         label_smoothing (`float`, defaults to 0.1):
             Mass spread over the whole vocabulary by the training loss (section 5.4). Evaluation never smooths.
         init_std (`float`, *optional*):
-            Standard deviation of every new matrix, as in BART and Marian, whose 0.02 lets a small model find the source
-            in a third of the updates. Default: `d_model**-0.5` for embeddings, Xavier-uniform projections.
+            Standard deviation of every new matrix, as in BART and Marian. With their 0.02 a small model learns to
+            attend to the source in a third of the updates. Default: `d_model**-0.5` for embeddings, Xavier-uniform
+            projections.
         layer_norm_eps (`float`, defaults to 1e-5): PyTorch's own default.
         pad_token_id, bos_token_id, eos_token_id (`int`, default to 0, 1, 2): As our tokenizers number them.
         decoder_start_token_id (`int`, defaults to 1): The decoder's first input: bos, so that pad is only padding.
@@ -135,17 +136,17 @@ class VanillaTransformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt_fields(kwargs)
         if __package__ == "vanilla_transformer":
-            # A repository that brings its own pipeline, for users without this package. This package has it: else
-            # transformers would ask to trust the repository's code.
+            # A repository may bring the pipeline's code for users without this package. This package has the pipeline,
+            # and without this line transformers would ask the user to trust the repository's code.
             kwargs.pop("custom_pipelines", None)
         if self.decoder_vocab_size is None:
             self.decoder_vocab_size = self.vocab_size
         super().__post_init__(**kwargs)
 
     def _refuse_misspelt_fields(self, unknown: dict) -> None:
-        """A config keeps names it does not know, for tools that add their own, so a slip of the pen would be silent."""
+        """A config keeps unknown names, because tools add their own. Without this check a typo would be ignored."""
         if self.transformers_version is not None:
-            # Read back from a file that was saved: whatever a tool has added since is meant.
+            # Loaded from a saved file: any extra name was added by a tool on purpose.
             return
         fields = list(VanillaTransformerConfig.__annotations__) + list(self.attribute_map)
         for name in unknown:

@@ -1,8 +1,7 @@
-"""What the arguments of `generate()` and of the pipeline may be: a value of another type, or out of its range, is
-refused by name before anything is computed.
+"""The checks of the arguments of `generate()` and of the pipeline: type and range, before anything is computed.
 
-transformers looks at few of its own. The others would break off deep in a search with words of torch, or change the
-output without a word.
+transformers checks only a few of its arguments. A wrong value of the others would raise an obscure torch error in the
+middle of a search, or silently change the output.
 """
 
 import math
@@ -15,14 +14,14 @@ from transformers import GenerationConfig
 
 
 class Rule(NamedTuple):
-    """What a value must be: a test, and the same in words."""
+    """What a value must be: a test, and a description for the error message."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
 def whole_number(least: int) -> Rule:
-    """A whole number, not below `least`."""
+    """A whole number of at least `least`."""
     return Rule(lambda value: _is_whole(value) and value >= least, f"a whole number of at least {least}")
 
 
@@ -41,7 +40,7 @@ def _are_ids(value: Any) -> bool:
 
 
 def _are_phrases(value: Any) -> bool:
-    """Lists of phrases; generate() says which phrase is none."""
+    """A list of lists of phrases. `checked_phrases` checks the phrases themselves."""
     lists = (list, tuple)
     return isinstance(value, lists) and all(
         isinstance(several, lists)
@@ -59,7 +58,7 @@ FLAG = Rule(lambda value: isinstance(value, bool | Integral) and value in (0, 1)
 FINITE = Rule(_is_number, "a finite number")
 POSITIVE = Rule(lambda value: _is_number(value) and value > 0, "a finite number above 0")
 SHARE = Rule(lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
-# transformers' processors do not take 2 for 2.0.
+# transformers' processors accept 2.0 but not 2.
 PENALTY = Rule(lambda value: value == 1 or (isinstance(value, float) and POSITIVE.holds(value)), "a float above 0")
 ONE_ID = whole_number(0)._replace(words="a token id")
 ONE_ID_OR_MORE = Rule(lambda value: _is_whole(value) or _are_ids(value), "a token id, or a list of token ids")
@@ -75,17 +74,17 @@ GENERATION_OPTIONS: dict[str, Rule] = {
     **dict.fromkeys(("inputs", "input_ids", "attention_mask"), TENSOR),
     **dict.fromkeys(("decoder_input_ids", "decoder_attention_mask"), TENSOR),
     # lengths and numbers of outputs
-    # Which lengths leave no room, transformers says.
+    # transformers itself refuses lengths that leave no room for new tokens.
     **dict.fromkeys(("max_length", "max_new_tokens"), WHOLE),
     **dict.fromkeys(("min_length", "min_new_tokens"), whole_number(0)),
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), whole_number(1)),
     "max_time": POSITIVE,
     "early_stopping": Rule(lambda value: value is True or value is False or value == "never", "a bool or 'never'"),
     # what changes scores
-    # 0 is often given where nothing is sampled. Where something is, transformers refuses it.
+    # 0 is often given without sampling. With sampling, transformers refuses it.
     "temperature": Rule(lambda value: _is_number(value) and value >= 0, "a finite number above 0"),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), PENALTY),
-    # Beyond, a length to this power is soon beyond what a float holds.
+    # Beyond this, a length to this power soon overflows a float.
     "length_penalty": Rule(lambda value: _is_number(value) and abs(value) <= 50, "a number from -50 to 50"),
     **dict.fromkeys(("diversity_penalty", "coverage_penalty"), FINITE),
     **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
@@ -96,14 +95,14 @@ GENERATION_OPTIONS: dict[str, Rule] = {
         ),
         "a pair: the number of tokens after which it begins, and a factor",
     ),
-    "guidance_scale": Rule(lambda value: value == 1, "1: transformers guides models without an encoder only"),
+    "guidance_scale": Rule(lambda value: value == 1, "1: transformers has no guidance for encoder-decoders"),
     # token ids
     **dict.fromkeys(("pad_token_id", "bos_token_id", "forced_bos_token_id"), ONE_ID),
     **dict.fromkeys(("eos_token_id", "decoder_start_token_id", "forced_eos_token_id"), ONE_ID_OR_MORE),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), IDS),
     "bad_words_ids": LISTS_OF_IDS,
     **dict.fromkeys(("required_phrases", "forbidden_phrases"), PHRASES),
-    # what to do, and what to tell
+    # what to do, and what to return
     **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "compiled"), FLAG),
     **dict.fromkeys(("output_attentions", "output_scores", "output_logits", "return_dict_in_generate"), FLAG),
     **dict.fromkeys(("token_healing", "low_memory", "disable_compile", "synced_gpus"), FLAG),
@@ -118,15 +117,15 @@ GENERATION_OPTIONS: dict[str, Rule] = {
         "a list of models",
     ),
 }
-# What holds a source.
+# The arguments that can hold the source.
 SOURCES = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs")
-# Where None asks for the default, and transformers breaks off, or decodes something else (without use_cache).
+# For these None means the default, but transformers fails on None, or decodes differently (use_cache).
 NEVER_NONE = ("num_beams", "num_return_sequences", "length_penalty", "use_cache")
 
 
 def refuse_wrong_values(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
     """
-    Looks at every value that has a rule. None asks for the default.
+    Checks every value that has a rule. None means the default and is always allowed.
 
     Raises:
         ValueError: a value breaks its rule.
@@ -139,18 +138,18 @@ def refuse_wrong_values(rules: Mapping[str, Rule], values: Mapping[str, Any]) ->
 
 def checked_options(model: Any, options: Mapping[str, Any], **named: Any) -> dict[str, Any]:
     """
-    Looks at the arguments of `generate()` and at what else counts.
+    Checks the arguments of `generate()`, and the generation config that it uses.
 
     Args:
-        model: its generation config counts where the caller gives none.
-        options: the arguments that `generate()` does not name.
-        named: those that it names.
+        model: its generation config is used if the caller gives none.
+        options: the arguments in `generate()`'s `**kwargs`.
+        named: those in its signature.
 
     Returns:
-        `options`, less a None that asks for a default and that transformers cannot bear.
+        `options`, without a None that means the default but that transformers cannot handle.
 
     Raises:
-        ValueError: a value is of another type than its argument has, or out of its range.
+        ValueError: a value has the wrong type or is out of range.
     """
     config, given = model.config, {**named, **options}
     refuse_wrong_values(GENERATION_OPTIONS, given)
@@ -158,7 +157,7 @@ def checked_options(model: Any, options: Mapping[str, Any], **named: Any) -> dic
     refuse_wrong_values(GENERATION_OPTIONS, saved)
     for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         ids = given.get(name, saved.get(name))
-        # Not a new tensor: it would be made on torch's default device, which may be any.
+        # No new tensor here: it would be created on torch's default device, which may be another one.
         for number in ids if isinstance(ids, list | tuple | torch.Tensor) else [ids]:
             if number is not None and not 0 <= number < config.decoder_vocab_size:
                 raise ValueError(_outside(name, number, config.decoder_vocab_size))
@@ -169,7 +168,7 @@ def checked_options(model: Any, options: Mapping[str, Any], **named: Any) -> dic
     prefix, mask = given.get("decoder_input_ids"), given.get("decoder_attention_mask")
     _refuse_odd_ids("decoder_input_ids", prefix, "decoder_attention_mask", mask, config.decoder_vocab_size)
     if prefix is not None and mask is None:
-        # Where the decoder starts with padding, one such token is none.
+        # If the decoder's start token is the padding token, the first one is not padding.
         starts = int(config.decoder_start_token_id == config.pad_token_id)
         begins = prefix[:, : starts + 1] == config.pad_token_id
         if begins.shape[1] > starts and begins.all(dim=1).any():
@@ -192,7 +191,7 @@ def _refuse_odd_ids(
 def refuse_other_shape(mask_name: str, mask: torch.Tensor, name: str, ids: torch.Tensor) -> None:
     """
     Raises:
-        ValueError: the mask is not of these ids.
+        ValueError: the mask and the ids differ in shape.
     """
     if mask.shape != ids.shape:
         raise ValueError(f"{mask_name} has shape {list(mask.shape)}, {name} {list(ids.shape)}: they must be the same")
@@ -201,7 +200,7 @@ def refuse_other_shape(mask_name: str, mask: torch.Tensor, name: str, ids: torch
 def refuse_other_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
     """
     Raises:
-        ValueError: an id has no row in the table that reads it.
+        ValueError: an id is outside the vocabulary.
     """
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():

@@ -1,8 +1,8 @@
 """Beam search, beam sampling and diverse beam search on packed networks.
 
-The arithmetic is that of transformers' `GenerationMixin._beam_search`, ties and all. Left out is what costs its loop
-most: a copy of everything for each beam, caches reordered at every step, and sentences that are computed long after
-they have ended. Sizes: B sentences, W beams, K candidates, S source and T target tokens, V vocabulary.
+The arithmetic is that of transformers' `GenerationMixin._beam_search`, ties included. It avoids what is slow there:
+copies of all inputs for each beam, reordering the caches at every step, and computing sentences long after they have
+ended. Sizes: B sentences, W beams, K candidates, S source and T target tokens, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from .engine_cache import rows_of
 from .engine_packed import PackedTransformer
 
 
-# As transformers has it: what is added to the score of what must never be chosen.
+# Added to the score of whatever must never be chosen (the same value as in transformers).
 NEVER = -1.0e9
 
 
-# Below this the ordinary top-k is as fast.
+# For smaller vocabularies torch's top-k is as fast.
 _CHUNKED_VOCABULARY, _CHUNK = 2048, 64
 
 
@@ -28,7 +28,7 @@ def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     """
     `torch.topk` over the last dimension, `[rows, V]` -> values and indices `[rows, k]`, for k much smaller than V.
 
-    Only the k chunks of a row with the highest maxima can hold its k highest values, and maxima are cheap.
+    The k highest values of a row lie in the k chunks with the highest maxima, and maxima are cheap.
     """
     vocabulary = scores.shape[1]
     if vocabulary < max(_CHUNKED_VOCABULARY, 4 * k * _CHUNK):
@@ -45,24 +45,24 @@ def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _sunk(scores: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Scores, below all others where `where` is true. (A product of truth values has torch's default dtype.)"""
+    """The scores, lowered by `NEVER` where `where` is true. (`where * NEVER` would have torch's default dtype.)"""
     return torch.where(where, scores + NEVER, scores)
 
 
 class _Candidates(NamedTuple):
-    """What may follow: log-probability of the whole, the beam it continues, and the token. Each `[rows, K]`."""
+    """Possible next tokens, each `[rows, K]`: log-probability of the whole hypothesis, its parent beam, the token."""
 
     scores: torch.Tensor
     parents: torch.Tensor
     tokens: torch.Tensor
 
     def take(self, places: torch.Tensor) -> "_Candidates":
-        """Those at `[rows, n]`."""
+        """The candidates at these places, `[rows, n]`."""
         return _Candidates(*(field.gather(1, places) for field in self))
 
 
 def _continuations(log_probs: torch.Tensor, scores: torch.Tensor, k: int, do_sample: bool) -> _Candidates:
-    """The K likeliest of all tokens after all beams, or a sample: `[rows, W, V]` and the beams' `[rows, W]`."""
+    """The K most likely continuations, or K samples: `log_probs` `[rows, W, V]`, `scores` of the beams `[rows, W]`."""
     rows, width, vocabulary = log_probs.shape
     if do_sample:
         total = (log_probs + scores[:, :, None]).flatten(1)
@@ -77,8 +77,8 @@ def _continuations(log_probs: torch.Tensor, scores: torch.Tensor, k: int, do_sam
 
 class _Beams:
     """
-    The state of a beam search: running hypotheses and finished ones, `w` of each in every row. A row is a sentence, or
-    a group of a sentence's beams (diverse beam search). The arithmetic, ties and all, is transformers' `_beam_search`.
+    The state of a beam search: `w` running and `w` finished hypotheses in every row. A row is a sentence, or a group of
+    a sentence's beams (diverse beam search). The arithmetic is transformers' `_beam_search`, ties included.
     """
 
     def __init__(self, job: SearchJob):
@@ -98,9 +98,9 @@ class _Beams:
 
         self.running = empty[:, :, : self.length].clone()
         self.scores = torch.zeros(rows, self.width, dtype=torch.float32, device=ids.device)
-        # So that only the first beam is continued at first: they are all the same.
+        # All beams are equal at first, so only the first one may be continued.
         self.scores[:, 1:] = NEVER
-        # For each row and step, the beam of the batch that it continued; kept only if the caller asked for it.
+        # For each beam and step, the beam of the batch that it continued. Recorded only if the caller wants it.
         self.lineage = ids.new_empty(rows, self.width, 0, dtype=torch.int32) if config.return_dict_in_generate else None
 
         self.finished = empty
@@ -111,17 +111,17 @@ class _Beams:
         if self.lineage is not None:
             steps = config.max_length - self.length
             self.finished_lineage = ids.new_full((rows, self.width, steps), -1, dtype=torch.int32)
-        # Whether the running hypotheses of a row may still become better than its finished ones.
+        # Whether a row's running hypotheses can still beat its finished ones.
         self.improvable = torch.ones(rows, 1, dtype=torch.bool, device=ids.device)
         self.is_done = torch.zeros(rows, dtype=torch.bool, device=ids.device)
         self.sentences = torch.arange(len(ids), device=ids.device)
 
     def grow(self, log_probs: torch.Tensor, attended: torch.Tensor | None, scores_so_far: Any) -> torch.Tensor:
         """
-        One step: continues, ends and drops hypotheses by `log_probs` `[B, W, V]` of their next tokens.
+        Takes one step: continues, finishes or drops hypotheses, given `log_probs` `[B, W, V]` of the next tokens.
 
         Returns:
-            The beams that the new running hypotheses continue, `[B, W]`. Their tokens end `self.running`.
+            The parent beams of the new running hypotheses, `[B, W]`. The new tokens are the last of `self.running`.
         """
         if self.groups == 1:
             candidates = self._candidates(log_probs, self.scores)
@@ -149,7 +149,7 @@ class _Beams:
         return _continuations(log_probs, scores, self.k, self.config.do_sample)
 
     def _diverse_candidates(self, log_probs: torch.Tensor) -> _Candidates:
-        """Each group pays for the tokens that the groups before it have chosen in this step (Vijayakumar et al.)."""
+        """Penalises tokens that earlier groups have chosen in this step (Vijayakumar et al., 2018)."""
         sentences, _, vocabulary = log_probs.shape
         log_probs = log_probs.view(sentences, self.groups, self.width, vocabulary)
         scores = self.scores.view(sentences, self.groups, self.width)
@@ -166,7 +166,7 @@ class _Beams:
         return _Candidates(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
 
     def _ends(self, candidates: _Candidates, scores_so_far: Any) -> torch.Tensor:
-        """Which candidates end an output, `[rows, K]`."""
+        """Which candidates end their hypothesis, `[rows, K]`."""
         if self.job.ends_by_itself:
             if self.length + 1 >= self.config.max_length:
                 return torch.ones_like(candidates.tokens, dtype=torch.bool)
@@ -175,14 +175,14 @@ class _Beams:
         return self.job.criteria(sequences.flatten(0, 1), scores_so_far).view(candidates.tokens.shape)
 
     def _continued(self, states: torch.Tensor, candidates: _Candidates, new: torch.Tensor) -> torch.Tensor:
-        """`[rows, W, n]` of the beams that candidates continue, with the candidates' own at the end."""
+        """The parents' `states` `[rows, W, n]` for each candidate, with `new` appended."""
         states = states.take_along_dim(candidates.parents[:, :, None], dim=1)
         return torch.cat([states, new[:, :, None].to(states.dtype)], dim=2)
 
     def _finish(self, candidates: _Candidates, ends: torch.Tensor, attended: torch.Tensor | None) -> None:
-        """Puts candidates that end among the finished, where they are better."""
+        """Moves candidates that end to the finished hypotheses if they are better than those."""
         ends = ends.clone()
-        # Candidates below the first W stand in for those that end; they do not end themselves.
+        # Candidates after the first W only replace those that end. They cannot end themselves.
         ends[:, self.width :] = False
         new_length = self.length + 1 - self.prefix_length
         scores = candidates.scores / self.job.options.length_penalty(new_length, self.config.length_penalty)
@@ -213,7 +213,7 @@ class _Beams:
         self.is_finished = torch.where(is_new, ends.gather(1, place_of_new), self.is_finished.gather(1, old))
 
     def _coverage(self, attended: torch.Tensor) -> torch.Tensor:
-        """beta * sum_i log(min(sum_j p_ij, 1)) of each beam, `[rows, w]`. Padding counts nothing."""
+        """beta * sum_i log(min(sum_j p_ij, 1)) of each beam, `[rows, w]`. Padding does not count."""
         total = attended.clamp(max=1.0)  # [B, W, S]
         mask = self.job.source_mask
         if mask is not None:
@@ -222,7 +222,7 @@ class _Beams:
         return penalty.expand(-1, self.groups * self.width).reshape(-1, self.width)
 
     def _judge(self, ends: torch.Tensor) -> None:
-        """Whether the running hypotheses can still improve the outcome (transformers' heuristics, by name)."""
+        """Updates `improvable` and `is_done` by transformers' heuristics for `early_stopping`."""
         config = self.config
         if self.is_finished.any():
             new_length = self.length - self.prefix_length
@@ -236,14 +236,14 @@ class _Beams:
         self.is_done |= ~self.improvable[:, 0] | full | ends.all(dim=1)
 
     def _beams_of_sentence(self, parents: torch.Tensor) -> torch.Tensor:
-        """Beams of a row `[rows, w]` as beams of their sentence, `[B, W]`."""
+        """Beam numbers within a row, `[rows, w]`, as numbers within the sentence, `[B, W]`."""
         if self.groups == 1:
             return parents
         offsets = torch.arange(self.groups, device=parents.device)[:, None] * self.width
         return (parents.view(-1, self.groups, self.width) + offsets).flatten(1)
 
     def _beams_of_batch(self, parents: torch.Tensor) -> torch.Tensor:
-        """Beams of a row `[rows, n]` as transformers counts them, through all sentences that there were."""
+        """Beam numbers within a row, `[rows, n]`, as transformers counts them: over the original batch."""
         return rows_of(self.sentences, self.groups)[:, None] * self.width + parents
 
     def done_sentences(self) -> torch.Tensor:
@@ -251,7 +251,7 @@ class _Beams:
         return self.is_done.view(-1, self.groups).all(dim=1)
 
     def keep(self, sentences: torch.Tensor) -> None:
-        """Drops the sentences that are not named by their row."""
+        """Keeps only these sentences, given by their rows."""
         rows = rows_of(sentences, self.groups)
         for name in _STATES_OF_ROWS:
             if getattr(self, name) is not None:
@@ -259,7 +259,7 @@ class _Beams:
         self.sentences = self.sentences[sentences]
 
     def results(self, sentences: torch.Tensor) -> list[torch.Tensor | None]:
-        """Finished sequences, scores, lengths and lineage, `[sentences, W, ...]`, the best first."""
+        """The finished sequences, scores, lengths and lineage, `[sentences, W, ...]`, best first."""
         fields = (self.finished, self.finished_scores, self.finished_lengths, self.finished_lineage)
         own = [None if field is None else field.unflatten(0, (-1, self.groups)).flatten(1, 2) for field in fields]
         order = own[1].sort(dim=1, descending=True, stable=True).indices  # type: ignore[union-attr]
@@ -283,15 +283,15 @@ def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tens
     beams, decoder, record = _Beams(job), Decoder(job, engines, width, beams=True), StepRecord(config)
     collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]] = []
     buffer = job.input_ids.new_empty(0, dtype=torch.float32)
-    # Until the first choice a sentence has one hypothesis.
+    # Before the first choice each sentence has one hypothesis.
     tokens = job.input_ids[:, -1:]
     while True:
-        # 1. log-probabilities of what may follow
+        # 1. log-probabilities of the next tokens
         logits = decoder.step(tokens)  # [B, 1 or W, V]
         logits = logits.expand(-1, width, -1).flatten(0, 1)  # [B * W, V]
         record.add_logits(logits)
         flat = beams.running.view(len(logits), -1)
-        # Into the same memory at every step: getting it anew takes longer than filling it.
+        # Reuse the memory: allocating it at every step takes longer than filling it.
         buffer = buffer if buffer.shape == logits.shape else torch.empty_like(logits)
         log_probs = job.processed(torch.log_softmax(logits, dim=-1, out=buffer), flat)
         record.add_scores(log_probs)
@@ -304,7 +304,7 @@ def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tens
         if finished == len(done):
             collected.append((beams.sentences, beams.results(torch.arange(len(done), device=done.device))))
             break
-        # 3. the finished leave, the others go on
+        # 3. drop finished sentences, continue the others
         decoder.move_beams(torch.zeros_like(parents) if is_first and width > 1 else parents)
         if job.may_leave and worth_leaving(finished, len(done)):
             gone, kept = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
@@ -318,7 +318,7 @@ def search_beams(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tens
 def _collected(
     job: SearchJob, collected: list[tuple[torch.Tensor, list[torch.Tensor | None]]], record: StepRecord
 ) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
-    """The results of all sentences in their first order, in transformers' form."""
+    """The results of all sentences in their original order, in transformers' format."""
     order = torch.cat([sentences for sentences, _ in collected]).argsort()
 
     def joined(number: int) -> torch.Tensor | None:
@@ -343,7 +343,7 @@ def beam_outputs(
     lengths: torch.Tensor,
     lineage: torch.Tensor | None,
 ) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
-    """In transformers' form: sequences `[B, n, T]`, scores and lengths `[B, n]`, lineage `[B, n, steps]`."""
+    """In transformers' format: sequences `[B, n, T]`, scores and lengths `[B, n]`, lineage `[B, n, steps]`."""
     longest = int(lengths.max())
     sequences = sequences.flatten(0, 1)[:, :longest]
     if not job.config.return_dict_in_generate:

@@ -1,7 +1,7 @@
-"""One call of `generate()`: what is asked for, and its phases up to the tokens.
+"""One call of `generate()`: its arguments, and the phases from them to the output tokens.
 
-transformers merges the generation configs, and makes prefixes, lengths, processors of scores and stopping criteria: the
-steps of its `GenerationMixin.generate` that do so are called here, in its order.
+transformers' own methods merge the generation configs and make prefixes, lengths, score processors and stopping
+criteria. They are called here in the order of `GenerationMixin.generate`.
 """
 
 import inspect
@@ -30,7 +30,7 @@ from .engine_products import resolve_compute_type
 
 
 class Extras(NamedTuple):
-    """The arguments of `generate()` that transformers does not have; `generate()` says what they mean."""
+    """The arguments that our `generate()` adds to those of transformers. Its docstring explains them."""
 
     compute_type: str | None = None
     compiled: bool | None = None
@@ -42,10 +42,10 @@ class Extras(NamedTuple):
 
     def or_saved(self, config: GenerationConfig) -> "Extras":
         """
-        These, completed by what was saved with the model, and by the defaults.
+        Fills in missing values from the model's generation config, then from the defaults.
 
         Raises:
-            ValueError: there is no such form of the length penalty.
+            ValueError: `length_penalty_form` is unknown.
         """
 
         def first(name: str, default: Any = None) -> Any:
@@ -64,13 +64,13 @@ class Extras(NamedTuple):
 
     def refuse_beside(self, reason: str) -> None:
         """
-        For the loops of transformers, which would ignore these arguments.
+        Refuses these arguments when transformers' own loops decode, because they would be ignored.
 
         Args:
-            reason: why those loops decode, in words.
+            reason: why transformers' loops decode.
 
         Raises:
-            ValueError: one of them is given.
+            ValueError: one of the arguments is given.
         """
         given = {
             "compute_type": self.compute_type is not None,
@@ -82,26 +82,26 @@ class Extras(NamedTuple):
         }
         for name, is_given in given.items():
             if is_given:
-                raise ValueError(f"{name} does not go with {reason}")
+                raise ValueError(f"{name} cannot be combined with {reason}")
 
 
 class Call:
     """
-    A call of `generate()`. Its phases are `__init__`, which reads the arguments; `prepare`; and `run`.
+    A call of `generate()`, in three phases: `__init__` reads the arguments, then come `prepare` and `run`.
 
     Args:
         model: a `VanillaTransformerForConditionalGeneration`.
-        inputs, generation_config, kwargs: as `generate()` takes them, already checked.
+        inputs, generation_config, kwargs: the arguments of `generate()`, already checked.
         extras: the arguments that transformers does not have.
 
     Attributes:
         config: all options of the call, in one generation config.
         model_inputs: the arguments that are inputs of the model.
-        source: ids `[B, S]`; None where the call gives them in another way.
-        found: what the model is made of.
-        members: the models of the ensemble, or the one model, each with what it is made of. After `prepare`.
-        device, compute_type: where, and in which type, the products are computed. After `prepare`.
-        job: what the search is asked for. After `prepare`.
+        source: source ids `[B, S]`, or None if the source is not given as ids.
+        found: the result of `inspect_model`.
+        members: this model and the others of the ensemble, each with its `inspect_model`. Set by `prepare`.
+        device, compute_type: where and in which type the matrix products are computed. Set by `prepare`.
+        job: what to search for. Set by `prepare`.
 
     Raises:
         ValueError: as in `Extras.or_saved`.
@@ -121,7 +121,7 @@ class Call:
         self.extras = extras.or_saved(self.config)
         self.source = _source(inputs, self.model_inputs)
         self.found = inspect_model(model)
-        # Whether nobody has said how long an output may, or must, be.
+        # Whether the limits of the output's length are left at their defaults.
         configs = [each for each in (generation_config, model.generation_config) if each is not None]
         self.has_default_length = {
             name: kwargs.get(name) is None and all(getattr(config, name) is None for config in configs)
@@ -130,7 +130,7 @@ class Call:
 
     def prepare(self) -> None:
         """
-        Makes `members`, `device`, `compute_type` and `job`.
+        Sets `members`, `device`, `compute_type` and `job`.
 
         Raises:
             ValueError: phrases, members of the ensemble, lengths or the compute type are wrong.
@@ -143,7 +143,7 @@ class Call:
         self.job = self._job(required, processors)
 
     def _constraints(self) -> tuple[list[list[list[int]]] | None, LogitsProcessorList]:
-        """The required phrases, and the caller's processors of scores, to which the forbidden phrases add one."""
+        """The required phrases, and the caller's score processors plus one for the forbidden phrases."""
         assert self.source is not None
         sentences, vocabulary = len(self.source), self.model.config.decoder_vocab_size
         required = checked_phrases("required_phrases", self.extras.required_phrases, sentences, vocabulary)
@@ -190,7 +190,7 @@ class Call:
         )
 
     def _prefix(self, source: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens that every output begins with, `[B, T]`, and their mask, if prefixes are padded."""
+        """The tokens that every output begins with, `[B, T]`, and their mask if they are padded."""
         self.model._prepare_special_tokens(self.config, mask is not None, device=source.device, batch_size=len(source))
         prefix, model_inputs = self.model._prepare_decoder_input_ids_for_generation(
             batch_size=len(source),
@@ -203,10 +203,10 @@ class Call:
 
     def _set_lengths(self, source: torch.Tensor, prefix: torch.Tensor) -> None:
         """
-        Makes `max_length` and `min_length` of the options that say how long an output may be.
+        Sets `max_length` and `min_length` from all options that limit the output's length.
 
         Raises:
-            ValueError: nothing fits behind the prefix.
+            ValueError: there is no room for a token after the prefix.
         """
         self.config = self.model._prepare_generated_length(
             generation_config=self.config,
@@ -220,14 +220,14 @@ class Call:
 
     def run(self, engine: str) -> Any:
         """
-        Decodes by the engine of this name, "compiled" or "packed". Returns what `generate()` returns.
+        Decodes with this engine, "compiled" or "packed". Returns what `generate()` returns.
 
         Raises:
             ValueError: the weights contain NaN or infinity.
         """
         if self.job.streamer is not None:
             self.job.streamer.put(self.job.input_ids.cpu())
-        # No gradients, no counting of changes, and no casts but those of the compute type.
+        # No gradients, no version counters, and no casts other than those of the compute type.
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             result = self._search(engine)
         return _outside_inference_mode(result)
@@ -239,13 +239,13 @@ class Call:
         return search_beams(self.job, engines) if self.config.num_beams > 1 else search_rows(self.job, engines)
 
 
-# Arguments of `generate()` that are neither fields of a generation config nor inputs of the model.
+# Arguments of `generate()` that are neither fields of the generation config nor inputs of the model.
 _NO_OPTIONS = {*inspect.signature(GenerationMixin.generate).parameters}
 _NO_OPTIONS |= {"trust_remote_code", "tokenizer", "assistant_tokenizer"}
 
 
 def _source(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor | None:
-    """The source's ids `[B, S]`, or None: then transformers says what is wrong, or makes them."""
+    """The source ids `[B, S]`, or None. Then transformers creates the inputs or reports what is wrong."""
     ids = inputs if inputs is not None else model_inputs.get("input_ids")
     both = inputs is not None and model_inputs.get("input_ids") is not None
     return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.numel() and not both else None
@@ -253,28 +253,28 @@ def _source(inputs: torch.Tensor | None, model_inputs: dict) -> torch.Tensor | N
 
 def _member(model: Any, other: Any, number: int) -> Inspected:
     """
-    What another model of an ensemble is made of.
+    Inspects another model of an ensemble.
 
     Raises:
-        ValueError: it has another vocabulary, or cannot be packed.
+        ValueError: its vocabulary differs, or it cannot be packed.
     """
     for field in ("vocab_size", "decoder_vocab_size", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         ours, theirs = getattr(model.config, field), getattr(other.config, field)
         if ours != theirs:
             raise ValueError(
-                f"ensemble: model {number} has {field}={theirs} and this one {ours}: an ensemble needs one vocabulary"
+                f"ensemble: model {number} has {field}={theirs}, this one has {ours}: an ensemble needs one vocabulary"
             )
     found = inspect_model(other)
     if found.unknown:
         raise ValueError(
-            f"ensemble: model {number} must be in evaluation mode, with this package's own layers on one device, and "
-            f"has {found.unknown}"
+            f"ensemble: model {number} has {found.unknown}: it must be in evaluation mode, with this package's own "
+            "layers, on one device"
         )
     return found
 
 
 def _outside_inference_mode(result: Any) -> Any:
-    """Ordinary tensors, which a user may change."""
+    """Copies the result into ordinary tensors, which a user may change."""
     if isinstance(result, torch.Tensor):
         return result.clone()
     for name, value in result.items():

@@ -1,8 +1,8 @@
-"""Hard lexical constraints: phrases that an output must not, or must, contain.
+"""Hard lexical constraints: phrases that an output must, or must not, contain.
 
 Required phrases follow Post and Vilar (2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation for
-Neural Machine Translation"): hypotheses compete only with those that have as many of the required tokens, so that one
-which has paid for an unlikely token is not driven out by those that have not.
+Neural Machine Translation"). A hypothesis competes only with others that contain as many of the required tokens.
+Otherwise one that has paid for an unlikely required token would lose to those that have not.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Phrase = Sequence[int]
 
 class ForbiddenPhrases(LogitsProcessor):
     """
-    Gives no probability to a token that would complete a forbidden phrase of its sentence.
+    Sets the score of each token that would complete a forbidden phrase to -inf.
 
     Args:
         phrases: for each sentence a list of phrases, each a list of token ids.
@@ -27,7 +27,7 @@ class ForbiddenPhrases(LogitsProcessor):
         self.phrases = phrases
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`input_ids` `[B * W, T]` so far and `scores` `[B * W, V]` of what may follow -> those scores, with -inf."""
+        """`input_ids` `[B * W, T]` so far and `scores` `[B * W, V]` of the next tokens -> the changed scores."""
         width = len(scores) // len(self.phrases)
         scores = scores.clone()  # type: ignore[assignment]
         for row, tokens in enumerate(input_ids.tolist()):
@@ -40,29 +40,29 @@ class ForbiddenPhrases(LogitsProcessor):
 
 class Progress(NamedTuple):
     """
-    How much of a sentence's phrases a hypothesis holds: whole ones by number, and the partial phrase it ends with. No
-    token counts for two phrases.
+    How much of a sentence's phrases a hypothesis contains: the numbers of whole phrases, and the partial phrase it ends
+    with. No token counts for two phrases.
     """
 
     met: frozenset[int] = frozenset()
     begun: tuple[int, ...] = ()
 
     def tokens(self, phrases: Sequence[Phrase]) -> int:
-        """How many required tokens it holds."""
+        """The number of required tokens in the hypothesis."""
         return sum(len(phrases[number]) for number in self.met) + len(self.begun)
 
     def is_complete(self, phrases: Sequence[Phrase]) -> bool:
-        """Whether it holds all phrases."""
+        """Whether the hypothesis contains all phrases."""
         return len(self.met) == len(phrases)
 
     def wanted(self, phrases: Sequence[Phrase]) -> set[int]:
-        """The tokens that continue a phrase, or begin one."""
+        """The tokens that continue or begin a phrase."""
         return {phrases[number][len(self.begun)] for number in self._beginning_with(self.begun, phrases)}
 
     def after(self, token: int, phrases: Sequence[Phrase]) -> "Progress":
         """The progress after one more token."""
         tail = (*self.begun, token)
-        # The partial phrase goes on, or its end begins another (as Aho and Corasick search).
+        # The token continues the partial phrase, or a suffix of both begins another phrase (as in Aho-Corasick).
         for start in range(len(tail)):
             going_on = self._beginning_with(tail[start:], phrases)
             for number in going_on:
@@ -73,7 +73,7 @@ class Progress(NamedTuple):
         return Progress(self.met)
 
     def _beginning_with(self, begin: tuple[int, ...], phrases: Sequence[Phrase]) -> list[int]:
-        """The numbers of the phrases that it lacks and that begin like this."""
+        """The numbers of the missing phrases that begin with `begin`."""
         return [
             number
             for number, phrase in enumerate(phrases)
@@ -81,7 +81,7 @@ class Progress(NamedTuple):
         ]
 
 
-# Beams with less than this stand in for none: there are fewer hypotheses than beams at first.
+# A beam with a lower score is a placeholder: at first there are fewer hypotheses than beams.
 _NO_HYPOTHESIS = -5e8
 
 
@@ -97,9 +97,9 @@ class RequiredPhrases:
     The progress of all running hypotheses, and the candidates that a beam search may choose from.
 
     Args:
-        phrases: for each sentence a list of phrases, each a list of token ids. One that is named twice is required
+        phrases: for each sentence a list of phrases, each a list of token ids. A phrase listed twice is required
             twice.
-        width: beams W.
+        width: number of beams W.
     """
 
     def __init__(self, phrases: Sequence[Sequence[Phrase]], width: int):
@@ -115,10 +115,10 @@ class RequiredPhrases:
             log_probs: of the next token after each beam, `[B, W, V]`. scores: of the beams, `[B, W]`.
             k: number of candidates K, at least 2 W.
             eos: ids that end a sentence.
-            is_last: whether no token may follow these.
+            is_last: whether this is the last token.
 
         Returns:
-            Scores, beams and tokens, `[B, K]` each: at most W that end a sentence first, then the W to go on with.
+            Scores, beams and tokens, `[B, K]` each: first at most W that end a sentence, then W to continue.
         """
         ends = set(eos.tolist()) if eos is not None else set()
         total = log_probs + scores[:, :, None]
@@ -135,7 +135,7 @@ class RequiredPhrases:
             named = {(place // vocabulary, place % vocabulary) for place in places[row].tolist()}
             for beam, progress in enumerate(self.progress[row]):
                 named |= {(beam, token) for token in progress.wanted(row_phrases)}
-                # With the last token as many outputs as are asked for should be complete.
+                # At the last token, offer enough candidates for W complete outputs.
                 several = self.width if is_last and progress.is_complete(row_phrases) else 1
                 named |= {(beam, token) for token in likeliest[row][beam][:several]}
             found = [
@@ -152,9 +152,9 @@ class RequiredPhrases:
     def _chosen(
         self, found: list[_Candidate], phrases: Sequence[Phrase], k: int, ends: set[int], is_last: bool
     ) -> list[tuple[float, int, int]]:
-        """K of the candidates `found`, the best first, of one sentence."""
+        """Chooses K of one sentence's candidates `found`, which are sorted best first."""
         if is_last:
-            # Now all end. Those that lack a phrase come last.
+            # All hypotheses end here. Those with a missing phrase come last.
             late = [(each.score + (0.0 if each.progress.is_complete(phrases) else -1e9), *each[1:3]) for each in found]
             late.sort(key=lambda each: -each[0])
             return _filled(late[:k], k)
@@ -165,12 +165,12 @@ class RequiredPhrases:
         return _filled([each[:3] for each in ending + kept], k)
 
     def _allocated(self, found: list[_Candidate], phrases: Sequence[Phrase]) -> list[_Candidate]:
-        """W candidates, shared out among banks of those that hold equally many required tokens."""
+        """W candidates, divided among banks: the candidates of a bank contain equally many required tokens."""
         required = sum(len(phrase) for phrase in phrases)
         banks: dict[int, list[_Candidate]] = {}
         for each in found:
             banks.setdefault(each.progress.tokens(phrases), []).append(each)
-        # From the fullest bank down, so that with fewer beams than banks the phrases are still completed.
+        # Most required tokens first: so the phrases are completed even with fewer beams than banks.
         order = sorted(banks, reverse=True)
         share = max(1, self.width // (required + 1))
         kept: list[_Candidate] = []
@@ -180,7 +180,7 @@ class RequiredPhrases:
         return kept + left[: self.width - len(kept)]
 
     def advance(self, parents: torch.Tensor, tokens: torch.Tensor) -> None:
-        """The beams that were chosen, `[B, W]`, and their tokens, become the running hypotheses."""
+        """Updates the progress after the search has chosen beams and tokens, `[B, W]` each."""
         self.progress = [
             [self.progress[row][parent].after(token, self.phrases[row]) for parent, token in zip(*pair, strict=True)]
             for row, pair in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
@@ -188,7 +188,7 @@ class RequiredPhrases:
 
 
 def _filled(chosen: list[tuple[float, int, int]], k: int) -> list[tuple[float, int, int]]:
-    """K candidates: those missing are worse than any."""
+    """Pads to K candidates with ones that are worse than any other."""
     return chosen + [(-2e9, 0, 0)] * (k - len(chosen))
 
 
@@ -196,10 +196,10 @@ def checked_phrases(
     name: str, phrases: Sequence | None, sentences: int, vocab_size: int
 ) -> list[list[list[int]]] | None:
     """
-    The phrases of this argument as lists, one for each of so many sentences.
+    Checks the phrases of the argument `name`, and returns them as lists, one for each sentence.
 
     Raises:
-        ValueError: there are lists for more or fewer sentences, a phrase is empty, or an id is outside the vocabulary.
+        ValueError: the number of lists is not `sentences`, a phrase is empty, or an id is outside the vocabulary.
     """
     if phrases is None:
         return None
@@ -208,17 +208,17 @@ def checked_phrases(
     for number, several in enumerate(phrases):
         for phrase in several:
             if not isinstance(phrase, (list, tuple)) or not phrase:
-                raise ValueError(f"{name}[{number}] holds {phrase!r}, which is not a list of one or more token ids")
+                raise ValueError(f"{name}[{number}] contains {phrase!r}, which is not a list of one or more token ids")
             for token in phrase:
                 if not 0 <= token < vocab_size:
-                    raise ValueError(f"{name}[{number}] holds the token id {token}; ids go from 0 to {vocab_size - 1}")
+                    raise ValueError(f"{name}[{number}] contains token id {token}; ids go from 0 to {vocab_size - 1}")
     return [[list(phrase) for phrase in several] for several in phrases]
 
 
 def refuse_impossible_phrases(required: list, forbidden: list | None, config: GenerationConfig) -> None:
     """
     Raises:
-        ValueError: the search is not a beam search, or no output can hold a required phrase.
+        ValueError: the search is not a beam search, or no output can contain a required phrase.
     """
     if config.num_beams == 1 or config.do_sample or (config.num_beam_groups or 1) > 1:
         raise ValueError("required_phrases needs beam search: num_beams above 1, without sampling or groups")
@@ -226,24 +226,24 @@ def refuse_impossible_phrases(required: list, forbidden: list | None, config: Ge
     ends = eos if isinstance(eos, list) else [eos]
     for number, phrase in ((number, phrase) for number, several in enumerate(required) for phrase in several):
         if end := set(ends).intersection(phrase):
-            raise ValueError(f"required_phrases[{number}] holds {phrase} with {end.pop()}, which ends a sentence")
+            raise ValueError(f"required_phrases[{number}] contains {phrase} with {end.pop()}, which ends a sentence")
         for other in forbidden[number] if forbidden is not None else []:
             places = range(len(phrase) - len(other) + 1)
             if any(phrase[place : place + len(other)] == other for place in places):
                 raise ValueError(
-                    f"required_phrases[{number}] holds {phrase}, of which forbidden_phrases[{number}] forbids {other}"
+                    f"required_phrases[{number}] contains {phrase}, but forbidden_phrases[{number}] forbids {other}"
                 )
 
 
 def refuse_long_phrases(required: Sequence[Sequence[Phrase]], new_tokens: int) -> None:
     """
     Raises:
-        ValueError: a sentence's required phrases are longer than an output of so many new tokens.
+        ValueError: a sentence's required phrases do not fit into `new_tokens` tokens.
     """
     for number, several in enumerate(required):
         tokens = sum(len(phrase) for phrase in several)
         if several and tokens + 1 > new_tokens:
             raise ValueError(
-                f"required_phrases[{number}] holds {tokens} tokens, which with the end of the sentence do not fit into "
-                f"{new_tokens} new tokens: raise max_new_tokens or max_length"
+                f"required_phrases[{number}] contains {tokens} tokens. With the end of the sentence they do not fit "
+                f"into {new_tokens} new tokens: raise max_new_tokens or max_length"
             )

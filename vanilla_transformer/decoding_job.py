@@ -1,4 +1,4 @@
-"""What one search is asked for, after transformers has prepared it: ids, lengths, processors, criteria, options."""
+"""The input of one search, prepared by transformers: ids, lengths, processors, criteria, options."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from transformers.generation import logits_process as processing
 from .decoding_constraints import RequiredPhrases
 
 
-# These look at each row of scores by itself, so that sentences may leave the batch.
+# These processors treat each row of scores by itself, so that sentences can be dropped from the batch.
 ROW_BY_ROW = (
     processing.NoBadWordsLogitsProcessor,
     processing.NoRepeatNGramLogitsProcessor,
@@ -28,20 +28,20 @@ MINIMUM_LENGTH = (processing.MinLengthLogitsProcessor, processing.MinNewTokensLe
 
 
 class Options(NamedTuple):
-    """What our searches offer beyond those of transformers. See `VanillaTransformerGenerationMixin.generate`."""
+    """The options that our searches add to those of transformers. See `VanillaTransformerGenerationMixin.generate`."""
 
     length_penalty_form: str = "power"
     coverage_penalty: float = 0.0
     required: RequiredPhrases | None = None
 
     def length_penalty(self, length: int, exponent: float) -> float:
-        """What the log-probability of `length` tokens is divided by."""
+        """The divisor of the log-probability of a hypothesis of `length` tokens."""
         return ((5 + length) / 6) ** exponent if self.length_penalty_form == "gnmt" else float(length) ** exponent
 
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What transformers has prepared for a search."""
+    """All that a search needs, as transformers has prepared it."""
 
     source: torch.Tensor  # [B, S]
     source_mask: torch.Tensor | None  # [B, S]
@@ -55,7 +55,7 @@ class SearchJob:
 
     @cached_property
     def minimum_length(self) -> int | None:
-        """Tokens, prefix included, before which no output may end, if that is all that processors ask for."""
+        """The least length of an output, prefix included, if the processors do nothing else. Otherwise None."""
         eos = self.config._eos_token_tensor
         for processor in self.processors:
             if type(processor) not in MINIMUM_LENGTH or eos is None or not torch.equal(processor.eos_token_id, eos):
@@ -70,11 +70,11 @@ class SearchJob:
 
     @cached_property
     def ends_by_itself(self) -> bool:
-        """Whether outputs end only by an end-of-sentence token or their length."""
+        """Whether outputs end only at an end-of-sentence token or at the maximum length."""
         return all(self._is_ordinary(criterion) for criterion in self.criteria)
 
     def _is_ordinary(self, criterion: Any) -> bool:
-        """Whether a criterion says what the generation config says: a user may have given one of another length."""
+        """Whether a criterion agrees with the generation config. A user may have given one with another length."""
         if type(criterion) is MaxLengthCriteria:
             return criterion.max_length == self.config.max_length
         eos = self.config._eos_token_tensor
@@ -82,28 +82,28 @@ class SearchJob:
 
     @property
     def fill(self) -> int:
-        """What stands behind the end of an output."""
+        """The id that fills an output after its end."""
         pad, eos = self.config._pad_token_tensor, self.config._eos_token_tensor
         if self.config.num_beams == 1:
             return int(pad) if pad is not None else 0
-        return -1 if eos is None else int(pad or eos[0])  # as transformers has it
+        return -1 if eos is None else int(pad or eos[0])  # as in transformers
 
     @cached_property
     def may_leave(self) -> bool:
-        """Whether sentences that have ended may leave the batch unnoticed."""
+        """Whether finished sentences can be dropped from the batch without changing the result."""
         rows = all(type(processor) in ROW_BY_ROW + MINIMUM_LENGTH for processor in self.processors)
         watched = self.config.output_scores or self.config.output_logits or self.streamer is not None
         return rows and self.ends_by_itself and not watched and not self.config.do_sample and not self.options.required
 
     def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which tokens end an output. `torch.isin` takes longer for the few ids that end one."""
+        """Which tokens end an output. For so few ids this is faster than `torch.isin`."""
         eos = self.config._eos_token_tensor
         if eos is None:
             return torch.zeros_like(tokens, dtype=torch.bool)
         return (tokens[..., None] == eos).any(dim=-1)
 
     def processed(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Scores `[rows, V]` after the processors; a mere minimum length is kept without the copies that they make."""
+        """Scores `[rows, V]` after the processors. If only a minimum length is set, it is applied in place."""
         if self.minimum_length is None:
             return self.processors(ids.clone(), scores)
         if ids.shape[1] < self.minimum_length:

@@ -1,7 +1,7 @@
 """Greedy search and sampling on packed networks, with the results of transformers' `GenerationMixin._sample`.
 
-Left out is what costs its loop most: a growing copy of the cache at every step, and sentences that are computed long
-after they have ended. Sizes: B sentences, W outputs of each, T target tokens, V vocabulary.
+It avoids what is slow there: copying the growing cache at every step, and computing sentences long after they have
+ended. Sizes: B sentences, W outputs of each, T target tokens, V vocabulary.
 """
 
 import torch
@@ -16,14 +16,14 @@ def search_rows(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tenso
     """Greedy search, or sampling `num_return_sequences` outputs of each sentence (transformers: `_sample`)."""
     config, width, pad = job.config, job.config.num_return_sequences, job.config._pad_token_tensor
     ids = job.input_ids.repeat_interleave(width, dim=0)  # [B * W, T]
-    longest = max(config.max_length, job.criteria.max_length or 0)  # a user's criterion may have another length
+    longest = max(config.max_length, job.criteria.max_length or 0)  # a user's criterion may have a different length
     outputs = ids.new_full((len(ids), longest), job.fill)
-    rows = torch.arange(len(ids), device=ids.device)  # where each row of the batch stands in `outputs`
+    rows = torch.arange(len(ids), device=ids.device)  # the row in `outputs` of each row of the batch
     unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     decoder, record = Decoder(job, engines, width, beams=False), StepRecord(config)
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in job.criteria)
     while True:
-        # 1. score what may follow
+        # 1. score the next tokens
         logits = decoder.step(ids[:, -1].view(-1, width)).flatten(0, 1)  # [B * W, V]
         record.add_logits(logits)
         logits = job.processed(logits, ids)
@@ -60,7 +60,7 @@ def search_rows(job: SearchJob, engines: list[PackedTransformer]) -> torch.Tenso
 
 
 def _may_go_on(ids: torch.Tensor, job: SearchJob, scores: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-    """Which outputs `[rows, T]` do not end with their last token."""
+    """Which outputs `[rows, T]` have not ended with their last token."""
     if not job.ends_by_itself:
         return ~job.criteria(ids, scores)
     if ids.shape[1] >= job.config.max_length:

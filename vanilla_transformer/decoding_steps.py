@@ -1,4 +1,4 @@
-"""What the searches share: the steps of one model or an ensemble, and the record of each step for the caller."""
+"""What both searches use: the decoding steps of a model or an ensemble, and the record of scores for the caller."""
 
 import torch
 from transformers import GenerationConfig
@@ -9,7 +9,7 @@ from .engine_packed import PackedTransformer
 
 
 class Decoder:
-    """All models of an ensemble, step by step; `width` beams, or independent outputs, of each sentence."""
+    """Runs the models of an ensemble step by step, for `width` beams or independent outputs of each sentence."""
 
     def __init__(self, job: SearchJob, engines: list[PackedTransformer], width: int, beams: bool):
         prefix, prefix_mask = job.input_ids, job.prefix_mask
@@ -36,11 +36,11 @@ class Decoder:
                     state.position = position + (~padding)[:, None].long()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[B, W]` -> logits `[B, W, V]`; of an ensemble, the logarithm of the mean of its probabilities."""
+        """Tokens `[B, W]` -> logits `[B, W, V]`; for an ensemble, the log of the mean probabilities."""
         record: list[torch.Tensor] | None = [] if self.watch_source else None
         logits = [engine.step(tokens, state, record) for engine, state in zip(self.engines, self.states, strict=True)]
         if record:
-            # A sentence's models may differ in heads, so each is averaged by itself first.
+            # Models may differ in their number of heads, so average over the heads of each first.
             now = torch.stack([weights.mean(dim=1) for weights in record]).mean(dim=0)  # [B, W, S]
             self.attended = now if self.attended is None else self.attended + now
         if len(logits) == 1:
@@ -49,14 +49,14 @@ class Decoder:
         return mean.log()
 
     def move_beams(self, parents: torch.Tensor) -> None:
-        """Each hypothesis becomes a child of the one that `parents` `[B, W]` names."""
+        """Makes hypothesis w of each sentence continue hypothesis `parents[:, w]`; `parents` is `[B, W]`."""
         for state in self.states:
             state.target.move_beams(parents)
         if self.attended is not None:
             self.attended = self.attended.take_along_dim(parents[:, :, None], dim=1)
 
     def keep(self, sentences: torch.Tensor) -> None:
-        """Drops all sentences but those named."""
+        """Keeps only these sentences."""
         for state in self.states:
             state.keep(sentences)
         if self.attended is not None:
@@ -65,24 +65,24 @@ class Decoder:
 
 
 def worth_leaving(finished: int, sentences: int) -> bool:
-    """Whether it pays to drop the finished ones of so many sentences from the batch."""
-    # Dropping sentences copies the caches of the others: that costs what an eighth of the batch does in a few steps.
+    """Whether dropping `finished` of `sentences` sentences from the batch saves time."""
+    # Dropping copies the caches of the others, which takes as long as a few steps of an eighth of the batch.
     return finished * 8 >= sentences
 
 
 class StepRecord:
-    """The scores and logits of each step, if the caller has asked for them."""
+    """The scores and logits of each step, if the caller wants them."""
 
     def __init__(self, config: GenerationConfig):
         self.logits: tuple[torch.Tensor, ...] | None = () if config.output_logits else None
         self.scores: tuple[torch.Tensor, ...] | None = () if config.output_scores else None
 
     def add_logits(self, logits: torch.Tensor) -> None:
-        """Keeps the logits of the model, `[rows, V]`."""
+        """Records the model's logits, `[rows, V]`."""
         if self.logits is not None:
             self.logits += (logits.clone(),)
 
     def add_scores(self, scores: torch.Tensor) -> None:
-        """Keeps the scores after the processors, by which the next token is chosen, `[rows, V]`."""
+        """Records the scores after the processors, `[rows, V]`."""
         if self.scores is not None:
             self.scores += (scores.clone(),)

@@ -1,4 +1,4 @@
-"""What the packed network keeps between two decoding steps: keys and values of the source and of what is decoded.
+"""What the packed network keeps between decoding steps: the keys and values of the source and of the target so far.
 
 Sizes in the comments: B sentences, W beams (or samples) of each, S source tokens, N cached target tokens, H heads.
 """
@@ -8,23 +8,26 @@ from torch import nn
 
 
 def rows_of(sentences: torch.Tensor, count: int) -> torch.Tensor:
-    """The rows of these sentences, `[n]`, where each has `count` rows, one after the other: `[n * count]`."""
+    """The rows of these sentences, `[n]` -> `[n * count]`, if each has `count` consecutive rows."""
     return (sentences[:, None] * count + torch.arange(count, device=sentences.device)).flatten()
 
 
 class TargetCache:
     """
-    The keys and values of what has been decoded, for all hypotheses of a sentence in one row.
+    The keys and values of the target so far. All hypotheses of a sentence share one row.
 
-    Every step appends a column for each hypothesis. Which columns a hypothesis may look at, its own ancestors, is told
-    by a mask; when beams move, only the mask moves. Columns that no living hypothesis descends from are dropped when
-    the buffers are full, so that they hold little more than the distinct histories (beams share most of theirs) and
-    grow rarely. Without a mask every hypothesis has a row of its own (greedy search and sampling).
+    Every step appends a column for each hypothesis. A mask restricts each hypothesis to the columns of its own
+    ancestors. When beams move, only the mask moves. When the buffers are full, columns without a living descendant are
+    dropped. So the buffers hold little more than the distinct histories (beams share most of theirs) and grow rarely.
+    Without a mask every hypothesis has its own row (greedy search and sampling).
 
     Args:
-        layers: number of decoder layers. rows: B, or hypotheses when each has its own row. heads: H.
-        d_k, d_v: widths of a head. dtype: of keys and values.
-        masked: whether rows hold several hypotheses, or prefixes that are padded.
+        layers: number of decoder layers.
+        rows: B, or the number of hypotheses if each has its own row.
+        heads: H.
+        d_k, d_v: widths of a head.
+        masked: whether a row holds several hypotheses, or prefixes are padded.
+        dtype: of keys and values.
     """
 
     CAPACITY = 32
@@ -47,18 +50,18 @@ class TargetCache:
         self.mask = torch.empty(rows, 1, 0, device=device, dtype=torch.float32) if masked else None  # [B, W, N]
 
     def make_room(self, width: int) -> None:
-        """Before each step: opens a column for each of a row's `width` hypotheses."""
+        """Adds a column for each of a row's `width` hypotheses. To be called before each step."""
         if self.length + width > self.keys[0].shape[2]:
             self._make_buffers(self._living_columns(), width)
         if self.mask is not None:
             rows, width, _ = self.mask.shape
-            # A new column is seen by the hypothesis that it belongs to.
+            # Each hypothesis sees only its own new column.
             own = self.mask.new_full((width, width), float("-inf")).fill_diagonal_(0.0)
             self.mask = torch.cat([self.mask, own.expand(rows, width, width)], dim=2)
         self.length += width
 
     def _living_columns(self) -> torch.Tensor:
-        """Those that some hypothesis looks at, in order, `[B, most of a row]`; rows with fewer are filled up."""
+        """Columns that some hypothesis sees, in order, `[B, most of a row]`. Rows with fewer are filled with others."""
         rows = len(self.keys[0])
         if self.mask is None:
             return torch.arange(self.length, device=self.keys[0].device).expand(rows, -1)
@@ -67,11 +70,11 @@ class TargetCache:
         return living.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
 
     def _make_buffers(self, columns: torch.Tensor, width: int) -> None:
-        """New buffers that begin with these columns `[B, n]`, with room for as many again by half, or for 8 steps."""
+        """Makes new buffers that begin with these columns `[B, n]`, with room for n / 2 more or for 8 steps."""
         rows, length = columns.shape
         capacity = max(self.CAPACITY, length + max(length // 2, 8 * width))
         index = nn.functional.pad(columns, (0, capacity - length))[:, None]  # [B, 1, capacity]
-        # As rows of the buffers seen as [B * H * capacity, d]: those are copied whole.
+        # Index rows of the buffers viewed as [B * H * capacity, d], so that whole rows are copied.
         firsts = torch.arange(rows * self.heads, device=columns.device).view(rows, self.heads, 1)
         index = (firsts * self.keys[0].shape[2] + index).flatten()
 
@@ -86,7 +89,7 @@ class TargetCache:
         self.length = length
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This step's `[B, W, H, d]` into the columns opened for it -> all so far, `[B * H, N, d]`."""
+        """Writes this step's `[B, W, H, d]` into its columns. Returns all so far, `[B * H, N, d]`."""
         return self._append(self.keys[layer], key), self._append(self.values[layer], value)
 
     def _append(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -95,7 +98,7 @@ class TargetCache:
         return states.flatten(0, 1).narrow(1, 0, self.length)
 
     def mask_for_heads(self) -> torch.Tensor | None:
-        """The mask for `attend`, `[B * H, W, N]`."""
+        """The mask as `attend` needs it, `[B * H, W, N]`."""
         if self.mask is None:
             return None
         rows, width, length = self.mask.shape
@@ -103,17 +106,17 @@ class TargetCache:
         return mask[:, None].expand(rows, self.heads, width, length).reshape(rows * self.heads, width, length)
 
     def hide_last(self, rows: torch.Tensor) -> None:
-        """Nobody will look at the last column of these rows (`[B]`, true or false): it is padding."""
+        """Masks the last column of these rows (`[B]`, true or false), because it is padding."""
         assert self.mask is not None
         self.mask[:, :, -1].masked_fill_(rows[:, None], float("-inf"))
 
     def move_beams(self, parents: torch.Tensor) -> None:
-        """Each hypothesis becomes a child of the one that `parents` `[B, W]` names."""
+        """Makes hypothesis w of each row continue hypothesis `parents[:, w]`; `parents` is `[B, W]`."""
         assert self.mask is not None
         self.mask = self.mask.take_along_dim(parents[:, :, None], dim=1)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drops the rows that are not named."""
+        """Keeps only these rows."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.mask = None if self.mask is None else self.mask[rows]
@@ -121,11 +124,11 @@ class TargetCache:
 
 class DecoderState:
     """
-    What the decoder knows of a batch between two steps.
+    The decoder's state between two steps.
 
     Args:
         cross: keys and values of the source in each layer, `[B * H, S, d]`.
-        source_mask: for `attend`, `[B * H, 1, S]`; None where no source is padded.
+        source_mask: for `attend`, `[B * H, 1, S]`; None if no source is padded.
         target: the cache of the target.
         sentences: B.
     """
@@ -141,11 +144,11 @@ class DecoderState:
         self.source_mask = source_mask
         self.target = target
         self.sentences = sentences
-        # Where the next token of each sentence stands, [B, 1]: only padded prefixes make sentences differ.
+        # The position of the next token: one number, or [B, 1] if padded prefixes make sentences differ.
         self.position: int | torch.Tensor = 0
 
     def keep(self, sentences: torch.Tensor) -> None:
-        """Finished sentences leave: drops all but those named by their row."""
+        """Keeps only these sentences, given by their rows."""
 
         def kept(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(0, (self.sentences, -1))[sentences].flatten(0, 1)

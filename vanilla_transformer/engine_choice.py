@@ -1,13 +1,13 @@
-"""Which engine decodes a call of `generate()`. It is decided here, and nowhere else.
+"""Chooses the engine that decodes a call of `generate()`. No other file decides this.
 
-Three engines give the same output, the fastest first:
+Three engines give the same output. From the fastest:
 
 - "compiled": search and network as one C++ program (`engine_compiled.py`), for greedy and beam search on a
   CPU in float32 or int8;
 - "packed": our searches in torch (`decoding_beams.py`, `decoding_rows.py`) on packed weights (`engine_packed.py`), for
   all searches, types and devices;
-- "transformers": its own loops on the modules, for all else that its `generate()` can do, and for models whose modules
-  have been replaced or hooked.
+- "transformers": its own loops on the modules, for everything else that its `generate()` can do, and for models with
+  replaced or hooked modules.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .engine_program import ProgramError, load, load_soon
 
 logger = logging.get_logger(__name__)
 
-# What our searches know. Any other mode, or argument of the model, is left to transformers' loops.
+# What our searches support. transformers' loops handle all other modes and model inputs.
 MODES = {
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
@@ -34,7 +34,7 @@ MODEL_INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_att
 
 
 class Engine(NamedTuple):
-    """What decodes: "compiled", "packed" or "transformers"; and why nothing faster does, in words."""
+    """The engine's name ("compiled", "packed" or "transformers"), and the reason why a faster one cannot decode."""
 
     name: str
     reason: str
@@ -42,15 +42,15 @@ class Engine(NamedTuple):
 
 def choose_engine(call: Call) -> Engine:
     """
-    The fastest engine that knows all that a call asks for.
+    Returns the fastest engine that supports everything in the call.
 
-    A call that transformers' loops do not decode is prepared on the way, because its processors of scores and its
-    stopping criteria decide too. A program that must be compiled first is waited for only if `compiled` is True.
+    Unless transformers' loops decode, this also prepares the call, because the choice depends on its score processors
+    and stopping criteria. It waits for the compiler only if `compiled` is True.
 
     Raises:
-        ProgramError: `compiled` is True, and the program cannot be compiled or loaded here.
-        ValueError: as in `Call.prepare`; `compiled` is True, and the program does not know this type or device; or an
-            argument of ours is given with one that only transformers' loops know.
+        ProgramError: `compiled` is True, but the program cannot be compiled or loaded here.
+        ValueError: as in `Call.prepare`; `compiled` is True, but the program does not support this type or device; or
+            an argument of ours is combined with one that only transformers' loops support.
     """
     if reason := _why_transformers(call) or call.found.unknown:
         call.extras.refuse_beside(reason)
@@ -62,14 +62,14 @@ def choose_engine(call: Call) -> Engine:
 
 
 def _why_transformers(call: Call) -> str | None:
-    """What only transformers' own loops can do, in words; None if our searches can do all that is asked for."""
+    """What the call needs that only transformers' loops support; None if our searches support everything."""
     config, kwargs, model_inputs = call.config, call.kwargs, call.model_inputs
     mode, mask = config.get_generation_mode(kwargs.get("assistant_model")), model_inputs.get("attention_mask")
     unknown = sorted({name for name, value in model_inputs.items() if value is not None} - MODEL_INPUTS)
     asked = {
         f"the generation mode {mode}": mode not in MODES,
         "use_cache=False": not config.use_cache,
-        # Asked for by name: what transformers tells by default, the keys and values of beams that never ended.
+        # transformers returns the cache by default. Here a caller must ask for it with use_cache=True.
         "past_key_values, for use_cache=True with return_dict_in_generate": kwargs.get("use_cache") is True
         and bool(config.return_dict_in_generate),
         f"cache_implementation={config.cache_implementation!r}": config.cache_implementation is not None,
@@ -83,7 +83,7 @@ def _why_transformers(call: Call) -> str | None:
         "output_hidden_states": bool(config.output_hidden_states),
         "a streamer for beams": kwargs.get("streamer") is not None and config.num_beams > 1,
         f"the argument {unknown[:1]}": bool(unknown),
-        "inputs that are no ids": call.source is None,
+        "inputs other than token ids": call.source is None,
         "an attention_mask of more than two dimensions": mask is not None and mask.dim() > 2,
         "a repetition_penalty after a padded prefix": config.repetition_penalty not in (None, 1.0)
         and model_inputs.get("decoder_attention_mask") is not None,
@@ -93,17 +93,17 @@ def _why_transformers(call: Call) -> str | None:
 
 
 def _why_packed(call: Call) -> str | None:
-    """Why the compiled program does not decode, in words; None if it does."""
+    """Why the compiled program cannot decode the call; None if it can."""
     insists = call.extras.compiled
     wrong_type = _why_not_computed(call)
     if insists and wrong_type:
-        raise ValueError(f"compiled=True: {wrong_type}")
+        raise ValueError(f"compiled=True: the compiled program {wrong_type}")
     if insists is False:
         return "compiled=False"
     if len(call.members) > 1:
-        return "the compiled program: it does not know ensembles"
+        return "the compiled program does not support ensembles"
     if unknown := wrong_type or _why_not_searched(call):
-        return f"the compiled program: {unknown}"
+        return f"the compiled program {unknown}"
     try:
         program = load() if insists else load_soon()
     except ProgramError as error:
@@ -118,16 +118,16 @@ def _why_packed(call: Call) -> str | None:
 
 
 def _why_not_computed(call: Call) -> str | None:
-    """Why the program cannot compute in this type or on this device, in words; None if it can."""
+    """Why the program cannot compute in this type or on this device; None if it can."""
     if call.device.type != "cpu":
-        return f"it is for CPUs, and this model is on {call.device}"
+        return f"runs on CPUs only, and this model is on {call.device}"
     if call.compute_type not in COMPUTE_TYPES:
-        return f"it computes in {' or '.join(COMPUTE_TYPES)}, not in {call.compute_type}"
+        return f"computes in {' or '.join(COMPUTE_TYPES)}, not in {call.compute_type}"
     return None
 
 
 def _why_not_searched(call: Call) -> str | None:
-    """What of the model or the search the program does not know, in words; None if it knows all."""
+    """What the model or the search needs that the program does not support; None if it supports everything."""
     model, job, config = call.model, call.job, call.job.config
     activations = {type(layer.activation_fn) for layer in [*model.model.encoder.layers, *model.model.decoder.layers]}
     learned = model.config.position_embedding_type == "learned"
@@ -143,4 +143,4 @@ def _why_not_searched(call: Call) -> str | None:
         "outputs that may be longer than learned positions": learned
         and config.max_length > model.config.max_position_embeddings,
     }
-    return next((f"it does not know {name}" for name, is_asked in unknown.items() if is_asked), None)
+    return next((f"does not support {name}" for name, is_asked in unknown.items() if is_asked), None)

@@ -1,6 +1,6 @@
 """Greedy and beam search as one compiled program, engine_compiled.cpp: the fastest engine on a CPU.
 
-In a small network a call of torch takes longer than the product that it is made for, and a step of a search is some
+In a small network a call of torch takes longer than the product that it computes, and a step of a search needs about a
 hundred calls. Here the encoder, the decoder's steps and the search are one call.
 """
 
@@ -20,7 +20,7 @@ from .engine_program import Job, Sizes, Weight, load
 
 
 COMPUTE_TYPES = ("float32", "int8")
-# Of the layers' modules: they may have been replaced by others than the config names.
+# By the class of the layers' modules, because they may have been replaced by others than the config names.
 ACTIVATIONS = {type(ACT2FN[name]): number for name, number in {"relu": 1, "silu": 2, "swish": 2, "gelu": 3}.items()}
 
 _INTERPRETER = {
@@ -34,22 +34,22 @@ _DONE, _INTERRUPTED, _NO_MEMORY, _NO_THREAD, _OUT_OF_RANGE = range(5)
 
 def _raise(outcome: int, message: str) -> None:
     if outcome == _NO_MEMORY:
-        raise MemoryError("generate(): there is not enough memory for this model and batch; take a smaller batch")
+        raise MemoryError("generate(): there is not enough memory for this model and batch; use a smaller batch")
     if outcome == _NO_THREAD:
-        raise RuntimeError(f"generate(): a thread cannot be started ({message}): torch.set_num_threads(1) needs none")
+        raise RuntimeError(f"generate(): cannot start a thread ({message}): torch.set_num_threads(1) avoids threads")
     if outcome == _OUT_OF_RANGE:
         raise IndexError(message)
-    raise RuntimeError(f"generate(): the compiled program refuses its input: {message}")
+    raise RuntimeError(f"generate(): the compiled program rejected its input: {message}")
 
 
 class CompiledTransformer:
-    """A model's weights as the program reads them."""
+    """A model's weights, laid out as the program reads them."""
 
     def __init__(self, model: Any, compute_type: str):
         """
         Raises:
             ProgramError: the program cannot be compiled here.
-            MemoryError: the weights' second copy does not fit.
+            MemoryError: there is no memory for a second copy of the weights.
         """
         encoder, decoder = model.model.encoder, model.model.decoder
         sizes: dict[str, Any] = {
@@ -91,12 +91,12 @@ class CompiledTransformer:
 
     def search(self, job: SearchJob) -> Any:
         """
-        What `search_beams` or `search_rows` returns. Other Python threads run meanwhile, and may search too.
+        Returns what `search_beams` or `search_rows` returns. Other Python threads run meanwhile, and may search too.
 
         Raises:
-            IndexError: an id is not in the vocabulary.
-            KeyboardInterrupt: Ctrl-C.
-            MemoryError: the batch does not fit.
+            IndexError: an id is outside the vocabulary.
+            KeyboardInterrupt: the user pressed Ctrl-C.
+            MemoryError: the batch does not fit into memory.
             RuntimeError: a thread cannot be started.
         """
         config = job.config
@@ -128,7 +128,7 @@ class CompiledTransformer:
         return GenerateEncoderDecoderOutput(sequences=sequences) if config.return_dict_in_generate else sequences
 
     def _given(self, job: SearchJob) -> dict[str, torch.Tensor]:
-        """What the program reads of a search: sources without padding, prefixes, positions, penalties, ends."""
+        """The inputs of the program: sources without padding, prefixes, positions, penalties, end-of-sentence ids."""
         config, ids, mask = job.config, job.source, job.source_mask
         if mask is None:
             lengths = ids.new_full((len(ids),), ids.shape[1], dtype=torch.long)
@@ -152,7 +152,7 @@ class CompiledTransformer:
 
 
 def _places(job: SearchJob, returned: int) -> dict[str, torch.Tensor]:
-    """Where the program writes what it finds: `returned` outputs of each sentence."""
+    """The buffers for the program's results: `returned` outputs of each sentence."""
     ids, longest = job.input_ids, job.config.max_length
     sentences, prefix_length = ids.shape
     return {
@@ -164,7 +164,7 @@ def _places(job: SearchJob, returned: int) -> dict[str, torch.Tensor]:
 
 
 def _weights_in_order(model: Any) -> Sequence[torch.Tensor | None]:
-    """As the program takes them: matrices and vectors; an absent norm adds two None."""
+    """All matrices and vectors, in the order that the program expects. An absent norm adds two None."""
     encoder, decoder = model.model.encoder, model.model.decoder
     weights: list[torch.Tensor | None] = []
 

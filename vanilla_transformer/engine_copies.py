@@ -1,4 +1,4 @@
-"""What is made of a model's weights once and kept beside it, until the model changes."""
+"""Copies of a model's weights, packed once and kept until the model changes."""
 
 import os
 import threading
@@ -14,18 +14,18 @@ from .loading import refuse_nonfinite_weights
 
 
 class _Copy:
-    """What was made of a model, and what tells whether that has changed since."""
+    """A packed copy, and what is needed to detect that the model has changed."""
 
     def __init__(self, made: Any, found: Inspected):
         self.made = made
         self.kinds = found.kinds
         self.versions = self._versions(found)
-        # Views: they change with the weights.
+        # Views of the last value of each weight, so they change with the weights.
         self.last = [parameter.detach()[(-1,) * parameter.dim()] for parameter in found.parameters]
         self.last_values = torch.stack(self.last)
 
     def is_of(self, found: Inspected) -> bool:
-        """By torch's count of changes, and for what avoids it by the last value of each weight."""
+        """Whether the copy is current: by torch's version counters, and by last values for changes they miss."""
         if self.kinds != found.kinds or self.versions != self._versions(found):
             return False
         return torch.equal(torch.stack(self.last), self.last_values)
@@ -34,12 +34,12 @@ class _Copy:
     def _versions(found: Inspected) -> list[tuple[int, int]]:
         try:
             return [(parameter.data_ptr(), parameter._version) for parameter in found.parameters]
-        except RuntimeError:  # made in inference mode, where torch counts no changes
+        except RuntimeError:  # created in inference mode, without version counters
             return [(parameter.data_ptr(), 0) for parameter in found.parameters]
 
 
 _COPIES: WeakKeyDictionary[PreTrainedModel, dict[Any, _Copy]] = WeakKeyDictionary()
-# One thread packs, and the others wait for what it makes.
+# One thread packs while the others wait for the result.
 _packing = threading.Lock()
 
 
@@ -48,24 +48,24 @@ def _renew_lock() -> None:
     _packing = threading.Lock()
 
 
-# A thread that packs is not in the child of a fork, and would never release the lock there.
+# A fork copies a held lock but not the thread that holds it, so the child would wait forever.
 if os.name == "posix":
     os.register_at_fork(after_in_child=_renew_lock)
 
 
 def copy_of(model: PreTrainedModel, found: Inspected, make: Callable, *arguments: Any) -> Any:
     """
-    `make(model, *arguments)`, made at the first use and again after the model has changed. Threads may call it.
+    Returns `make(model, *arguments)`, which is called at the first use and after the model has changed. Thread-safe.
 
     Args:
-        found: of `inspect_model`.
+        found: the result of `inspect_model`.
         make: a class of packed weights, such as `PackedTransformer`.
 
     Raises:
         ValueError: the weights contain NaN or infinity.
     """
     copies, kind = _COPIES.setdefault(model, {}), (make, *arguments)
-    # Read once: another thread may take it out.
+    # Read once: another thread may remove it.
     copy = copies.get(kind)
     if copy is None or not copy.is_of(found):
         with _packing:

@@ -1,6 +1,6 @@
-"""Whether the engines compute what a model does: all its modules are known to them, and nobody has changed one.
+"""Checks whether our engines can decode a model: they know all its modules, and nobody has changed one.
 
-A model that has been wrapped, hooked or subclassed (PEFT, quantisation, parallelism) is left to transformers' loops.
+transformers' loops decode models that were wrapped, hooked or subclassed (PEFT, quantisation, parallelism).
 """
 
 from functools import partial
@@ -16,33 +16,33 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .network_operations import Dropout, Linear
 
 
-# What holds weights. A layer that something has wrapped (LoRA, quantisation, parallelism) is of another class.
+# The classes that may hold weights. A wrapped layer (LoRA, quantisation, parallelism) has another class.
 _PLAIN = (nn.Linear, Linear, nn.Embedding, nn.LayerNorm)
 _PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The methods that decide what a module computes, and those that transformers' loops call of a model.
+# The methods that decide what a module computes, and the model's methods that transformers' loops call.
 _COMPUTING = ("__call__", "forward", "residual", "feed_forward", "embed", "_split_heads", "_keys_and_values")
 _LOOPING = (*(name for name, method in vars(GenerationMixin).items() if callable(method)), "_reorder_cache")
-# Functions around `forward` that compute nothing, by their module: accelerate's, which cast the inputs and outputs of a
-# model in training, and that of gradient checkpointing.
+# Modules of wrappers around `forward` that do not change the result: accelerate's, which cast a model's inputs and
+# outputs in training, and gradient checkpointing.
 _WRAPPERS = ("accelerate.utils.operations", "torch.amp.autocast_mode", "transformers.modeling_layers")
-# The hooks that transformers leaves in a model that was once asked for its attention weights do nothing here.
+# transformers leaves these hooks in a model that has once returned its attention weights. They do nothing here.
 _CAPTURING = "transformers.utils.output_capturing"
 
-# For each class that the engines know, its methods as they were then.
+# For each class that the engines know, its methods at the time of `know`.
 _KNOWN: dict[type, dict[str, Any]] = {}
 
 
 class Inspected(NamedTuple):
-    """What a model is made of, as `inspect_model` finds it."""
+    """The result of `inspect_model`."""
 
-    parameters: list[torch.Tensor]  # tied ones as often as they are used
+    parameters: list[torch.Tensor]  # a tied one as often as it is used
     kinds: list[type]  # the classes of all modules
-    unknown: str | None = None  # what the engines do not know, in words
+    unknown: str | None = None  # what the engines do not know about the model
 
 
 def know(*classes: type) -> None:
-    """The engines compute what modules of these classes do, and of subclasses, with the methods of this moment."""
+    """Declares that the engines compute what these classes and their subclasses do, with their present methods."""
     for each in classes:
         names = [name for name in _COMPUTING if hasattr(each, name)]
         if issubclass(each, GenerationMixin):
@@ -50,7 +50,7 @@ def know(*classes: type) -> None:
         _KNOWN[each] = {name: getattr(each, name, None) for name in names}
 
 
-# They compute the same in training mode, in which new ones are.
+# These compute the same in training mode, which is the mode of new modules.
 _WITHOUT_MODE = {*_PLAIN, nn.Identity, nn.ModuleList}
 _WITHOUT_MODE |= {each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()}
 know(*_WITHOUT_MODE, nn.Dropout, Dropout)
@@ -61,7 +61,7 @@ def _known_methods(kind: type) -> dict[str, Any] | None:
 
 
 def _unwrapped(method: Any) -> Any:
-    """The function that a method calls in the end."""
+    """The function inside all wrappers of a method."""
     while True:
         method = getattr(method, "__func__", method)
         home = getattr(method, "__globals__", {}).get("__name__") or type(method).__module__
@@ -71,7 +71,7 @@ def _unwrapped(method: Any) -> Any:
 
 
 def _why_unknown_class(kind: type) -> str | None:
-    """Which of its methods is not known, in words; None if all are."""
+    """Which class or method is unknown; None if all are known."""
     known = _known_methods(kind)
     if known is None:
         return f"the class {kind.__module__}.{kind.__qualname__}"
@@ -83,7 +83,7 @@ def _why_unknown_class(kind: type) -> str | None:
 
 
 def _why_unknown_module(module: nn.Module) -> str | None:
-    """What a module of a known class does otherwise than others of its class, in words; None if nothing."""
+    """How a module of a known class differs from others of its class; None if it does not."""
     if module.training and type(module) not in _WITHOUT_MODE:
         return "training mode"
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -96,7 +96,7 @@ def _why_unknown_module(module: nn.Module) -> str | None:
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Whether its class alone decides what a module computes: there is no hook, and no `forward` of its own."""
+    """Whether a module computes what its class does: it has no hooks, and no `forward` of its own."""
     return not _hooks_on_all_modules() and _why_unknown_module(module) is None
 
 
@@ -106,14 +106,14 @@ def _hooks_on_all_modules() -> bool:
 
 def inspect_model(model: PreTrainedModel) -> Inspected:
     """
-    Looks whether the engines compute what the model does: whether all modules are known, as `know` has it, nobody's
-    hook wants them to be called, and all weights are torch's own, on one device, in one dtype that is packed.
+    Checks whether the engines can decode the model: all its modules are known (see `know`) and have no hooks, and all
+    weights are plain parameters on one device, in one supported dtype.
     """
     positions = (model.model.encoder.embed_positions, model.model.decoder.embed_positions)
     parameters: list[Any] = []
     kinds: list[type] = []
     methods: dict[type, dict[str, Any]] = {}
-    # torch's `modules()` takes three times as long, and this is done at each call of `generate()`.
+    # This runs at each call of `generate()`, and torch's `modules()` would take three times as long.
     modules: list[nn.Module] = [model]
     for module in modules:
         if module is None:
@@ -122,7 +122,7 @@ def inspect_model(model: PreTrainedModel) -> Inspected:
         if kind not in methods:
             methods[kind], why = _known_methods(kind) or {}, _why_unknown_class(kind)
         kinds.append(kind)
-        # Most modules are leaves, which have one method.
+        # Most modules are leaves, for which only `forward` matters.
         changed = "forward" in state or (state["_modules"] and not state.keys().isdisjoint(methods[kind]))
         if changed or state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"]:
             why = why or _why_unknown_module(module)
@@ -142,7 +142,7 @@ def _why_unknown_weights(parameters: list[torch.Tensor]) -> str | None:
     if type(None) in kinds:
         return "a layer without bias"
     if kinds != {nn.Parameter}:
-        return "weights that are no plain tensors"
+        return "weights that are not plain parameters"
     dtypes, devices = {each.dtype for each in parameters}, {each.device for each in parameters}
     if len(devices) > 1:
         return "weights on several devices"
@@ -155,7 +155,7 @@ def _why_unknown_setting(model: PreTrainedModel) -> str | None:
     if _hooks_on_all_modules():
         return "a hook on all modules"
     name = model.config._attn_implementation
-    attention: Any = ALL_ATTENTION_FUNCTIONS.get(name)  # none for "eager"
+    attention: Any = ALL_ATTENTION_FUNCTIONS.get(name)  # None for "eager"
     attention = attention.func if isinstance(attention, partial) else attention
     if attention is not None and not attention.__module__.startswith("transformers."):
         return f"the attention implementation {name!r}"

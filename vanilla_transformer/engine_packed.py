@@ -1,11 +1,11 @@
-"""The network without what only training needs: packed weights, and one decoding step for all beams of a batch at once.
+"""The network for inference only: packed weights, and decoding steps for all beams of a batch at once.
 
-`PackedTransformer` computes what the modules of the modeling file compute, from the same weights, faster:
+`PackedTransformer` computes the same as the modules of the modeling file, from the same weights, but faster:
 
-- the projections of queries, keys and values are one product; 1 / sqrt(d_k) is part of the weights;
-- weights are laid out once as the fastest product reads them (`engine_products.py`);
+- queries, keys and values are projected by one product; 1 / sqrt(d_k) is part of the weights;
+- weights are packed once for the fastest product (`engine_products.py`);
 - the beams of a sentence share its cross-attention keys and values: their queries attend together, and nothing of the
-  source is ever copied for a beam;
+  source is copied per beam;
 - the beams' own keys and values are never reordered (`engine_cache.py`).
 
 Sizes in the comments: B sentences, W beams (or samples) of each, S source tokens, N cached target tokens, H heads.
@@ -30,11 +30,11 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    softmax(Q K^T + mask) V, Q being scaled already (Vaswani et al., 2017, equation 1), with every head a row.
+    softmax(Q K^T + mask) V with Q already scaled (Vaswani et al., 2017, equation 1). Each head is a row.
 
     Args:
         query: `[B * H, W, d_k]`. key: `[B * H, N, d_k]`. value: `[B * H, N, d_v]`.
-        mask: 0 where a query may look and -inf where not, `[B * H, W or 1, N]`; None: everywhere.
+        mask: 0 where a query may look and -inf elsewhere, `[B * H, W or 1, N]`. None: it may look everywhere.
 
     Returns:
         The attended values `[B * H, W, d_v]` and the weights `[B * H, W, N]`.
@@ -75,7 +75,7 @@ class _Layer:
         return self.fc2(hidden if self.activation is None else self.activation(hidden))
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys `[B, L, H, d_k]`, values `[B, L, H, d_v]` of `[B, L, d_model]`."""
+        """`[B, L, d_model]` -> queries and keys `[B, L, H, d_k]`, values `[B, L, H, d_v]`."""
         rows, length, _ = x.shape
         queries = self.heads * self.d_k
         query, key, value = self.qkv(x).split_with_sizes((queries, queries, self.heads * self.d_v), dim=-1)
@@ -132,7 +132,7 @@ class _DecoderLayer(_Layer):
                 record.append(weights.float().unflatten(0, (-1, self.heads)))
             return self.cross_out(self._concatenated(context, beams))
 
-        # Of the cache's rows: [B, W], or [B * W, 1] where every hypothesis has a row of its own.
+        # [B, W], or [B * W, 1] if every hypothesis has its own row in the cache.
         rows = (state.target.keys[0].shape[0], x.shape[0] * x.shape[1] // state.target.keys[0].shape[0])
         x = self.residual(x, self.self_norm, self_attention)
         x = self.residual(x, self.cross_norm, cross_attention)
@@ -151,7 +151,7 @@ class _DecoderLayer(_Layer):
 
 
 class PositionTable:
-    """The encodings of a stack's positions in float32, made for more at a time than are needed."""
+    """A stack's position encodings in float32. The table grows by more than is needed, so that it grows rarely."""
 
     def __init__(self, stack: Any):
         self.stack = stack
@@ -159,7 +159,7 @@ class PositionTable:
 
     def upto(self, last: int) -> torch.Tensor:
         """`[L, d_model]` with L above `last`."""
-        table = self.table  # read once: another thread may replace it by a shorter one
+        table = self.table  # read once: another thread may replace it with a shorter one
         if last >= len(table):
             longest, config = max(64, 2 * last), self.stack.config
             if config.position_embedding_type == "learned":
@@ -172,8 +172,9 @@ class PositionTable:
 
 class PackedTransformer:
     """
-    A model's weights laid out for decoding, and its computation on them. Products with weights are computed in
-    `compute_type`, states are float32 between them. Caches are float32 on a CPU, elsewhere 16 bits if the products are.
+    A model's weights packed for decoding, and the computation on them. Products with weights are computed in
+    `compute_type`; states between them are float32. Caches are float32 on a CPU. On other devices they have 16 bits if
+    the products do.
 
     Args:
         model: a `VanillaTransformerForConditionalGeneration`.
@@ -189,14 +190,14 @@ class PackedTransformer:
         self.cache_dtype = getattr(torch, compute_type) if sixteen else torch.float32
         if not is_native(compute_type, self.device):
             logger.warning_once(
-                f"compute_type={compute_type!r} brings no speed here: torch has no {compute_type} products for this "
+                f"compute_type={compute_type!r} is not faster here: torch has no {compute_type} products for this "
                 f"{self.device.type}. The weights are rounded to {compute_type} and multiplied in float32."
             )
         self.encoder, self.decoder = encoder, decoder
         self.encoder_layers = [_EncoderLayer(layer, compute_type) for layer in encoder.layers]
         self.decoder_layers = [_DecoderLayer(layer, compute_type) for layer in decoder.layers]
         self.encoder_norm, self.decoder_norm = _norm(encoder.layer_norm), _norm(decoder.layer_norm)
-        # Keys and values of the source for all layers in one product.
+        # One product gives the source's keys and values for all layers.
         cross = [(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in decoder.layers]
         self.read_source = _packed_together([weight_and_bias(each) for pair in cross for each in pair], compute_type)
         self.project = pack_linear(*weight_and_bias(model.lm_head), compute_type)
@@ -209,7 +210,7 @@ class PackedTransformer:
         else:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, S]
             mask = attention_mask.bool()[:, None, None]  # [B, 1, 1, S]
-        # Padding may be longer than learned positions are.
+        # Count positions without padding: a padded row may be longer than the table of learned positions.
         positions = self.encoder_positions.upto(int(position_ids.max()))[position_ids]
         x = self._embedded(self.encoder, input_ids, positions)
         for layer in self.encoder_layers:
@@ -224,7 +225,7 @@ class PackedTransformer:
 
         Args:
             memory: the encoder's output, `[B, S, d_model]`. attention_mask: `[B, S]`, or None without padding.
-            width: hypotheses of a sentence. beams: whether they descend from one another.
+            width: hypotheses per sentence. beams: whether one may continue another (beam search).
             padded: whether target prefixes are padded.
         """
         sentences, layer = len(memory), self.decoder_layers[0]
@@ -252,7 +253,7 @@ class PackedTransformer:
 
         Args:
             record: receives the last layer's cross-attention weights, `[B, H, W, S]`.
-            logits: False spares the output projection (for all tokens of a prefix but the last).
+            logits: False skips the output projection (for all tokens of a prefix but the last).
         """
         position = state.position
         last = position if isinstance(position, int) else int(position.max())
@@ -267,7 +268,7 @@ class PackedTransformer:
         return self.project(self.decoder_norm(x)) if logits else x
 
     def _embedded(self, stack: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`[B, L]` and encodings of their positions, `[..., d_model]` -> `[B, L, d_model]`."""
+        """Ids `[B, L]` and their position encodings `[..., d_model]` -> `[B, L, d_model]`."""
         return F.embedding(ids, stack.embed_tokens.weight).float() * stack.embed_scale + positions
 
 
@@ -276,7 +277,7 @@ def weight_and_bias(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scaled_query(attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The projection of queries, with 1 / sqrt(d_k) in it."""
+    """The query projection, multiplied by 1 / sqrt(d_k)."""
     weight, bias = weight_and_bias(attention.q_proj)
     return weight * attention.scaling, bias * attention.scaling
 

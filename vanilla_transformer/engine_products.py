@@ -1,6 +1,6 @@
-"""Products with weights, packed once for the matrix library that is fastest on this machine.
+"""Matrix products whose weights are packed once, for the fastest library on this machine.
 
-On a CPU, weights are laid out as oneDNN (float32, bfloat16) or FBGEMM (int8) reads them. Elsewhere torch multiplies.
+On a CPU that is oneDNN (float32, bfloat16) or FBGEMM (int8). On other devices it is torch's own product.
 """
 
 import platform
@@ -18,7 +18,7 @@ from .network_operations import FEW_PRODUCTS
 
 
 COMPUTE_TYPES = ("float32", "bfloat16", "int8")
-# A product over fewer is not faster in int8, whose states must be rounded first and whose sums must be scaled.
+# With fewer inputs int8 is not faster, because states must be rounded before the product and sums scaled after it.
 FEW_INPUTS = 512
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -28,16 +28,16 @@ def pack_linear(
     weight: torch.Tensor, bias: torch.Tensor, compute_type: str, relu: bool = False, positive: bool = False
 ) -> Product:
     """
-    x W^T + b, of float32 states into float32 states, with the weights rounded to `compute_type`.
+    Packs x W^T + b with the weights rounded to `compute_type`. Input and output are float32.
 
     Args:
         weight: `[out, in]`. bias: `[out]`.
-        compute_type: "float32"; "bfloat16", with sums in float32; or "int8": weights have 8 bits and a scale for each
-            output, states have 7 or 8 bits and a scale for each row, and sums are exact integers. Matrices with fewer
-            than `FEW_INPUTS` inputs stay float32. Where `is_native` says no, the rounded weights are multiplied in
-            float32.
-        relu: whether max(0, .) follows.
-        positive: whether no state is below 0; int8 then rounds them twice as finely.
+        compute_type: "float32"; "bfloat16", with sums in float32; or "int8". In int8, weights have 8 bits and a scale
+            for each output, states have 7 or 8 bits and a scale for each row, and sums are exact integers. Matrices
+            with fewer than `FEW_INPUTS` inputs stay float32. If the type is not native (`is_native`), the rounded
+            weights are multiplied in float32.
+        relu: whether to apply max(0, .) to the result.
+        positive: whether no state is below 0. int8 then rounds states twice as finely.
     """
     if compute_type == "int8" and weight.shape[1] < FEW_INPUTS:
         compute_type = "float32"
@@ -56,7 +56,7 @@ def pack_linear(
 
 
 def is_native(compute_type: str, device: torch.device) -> bool:
-    """Whether this machine has instructions for products in this type: without them, float32 is fastest."""
+    """Whether this machine has instructions for products in this type. Without them float32 is fastest."""
     if device.type != "cpu":
         return compute_type != "int8"
     if compute_type == "int8":
@@ -67,12 +67,12 @@ def is_native(compute_type: str, device: torch.device) -> bool:
         return False
     if platform.machine() in ("aarch64", "arm64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # oneDNN computes bfloat16 on any AVX-512, but by float32. The capability is what ATEN_CPU_CAPABILITY leaves.
+    # Without AVX-512 BF16, oneDNN converts to float32. get_cpu_capability() respects ATEN_CPU_CAPABILITY.
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _rounded(weight: torch.Tensor, compute_type: str) -> torch.Tensor:
-    """The float32 weights with the precision of another type."""
+    """The weights rounded to another type, in float32."""
     if compute_type == "int8":
         scales = _scales(weight)[:, None]
         return (weight / scales).round_().mul_(scales)
@@ -80,14 +80,14 @@ def _rounded(weight: torch.Tensor, compute_type: str) -> torch.Tensor:
 
 
 def _scales(weight: torch.Tensor) -> torch.Tensor:
-    """What a step of 8 bits is worth for each output, `[out]`."""
+    """The size of one int8 step for each output, `[out]`."""
     return weight.abs().amax(dim=1).clamp(min=1e-12) / 127
 
 
 def _float32_linear(weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool) -> Product:
-    """By oneDNN; where there is little to multiply, without its overhead."""
+    """Uses oneDNN, but torch's plain product for small inputs, which avoids oneDNN's overhead."""
     product, after = torch.ops.mkldnn._linear_pointwise.default, "relu" if relu else "none"
-    # A small matrix stays in the cache of a core, where the plain product reads it.
+    # A small matrix stays in a core's cache, where the plain product is fast for longer inputs too.
     products = 8 * FEW_PRODUCTS if weight.numel() <= FEW_PRODUCTS // 2 else FEW_PRODUCTS
     few = products // len(weight)
     if few < weight.shape[1]:
@@ -110,12 +110,12 @@ def _plain_linear(weight: torch.Tensor, bias: torch.Tensor, compute_type: str, r
 
 
 def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool, positive: bool) -> Product:
-    """By FBGEMM, each row of states with a scale of its own, so that no row depends on the others of a call."""
+    """Uses FBGEMM. Each row of states has its own scale, so that rows of a batch do not affect each other."""
     packed, bits = _packed_in_8_bits(weight), _state_bits()
     steps, zero = (2**bits - 1, 0) if positive else (2 ** (bits - 1) - 1, 2 ** (bits - 1))
 
     def linear(x: torch.Tensor) -> torch.Tensor:
-        # The product rounds all states alike: rows are brought to [-1, 1] before it, and back after it.
+        # FBGEMM has one scale for all states, so scale each row to [-1, 1] before the product, and back after it.
         sizes = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
         x = torch.addcmul(bias, _int8_product(x / sizes, 1 / steps, zero, packed), sizes)
         return x.relu_() if relu else x
@@ -124,7 +124,7 @@ def _int8_linear(weight: torch.Tensor, bias: torch.Tensor, relu: bool, positive:
 
 
 def _packed_in_8_bits(weight: torch.Tensor) -> Any:
-    """The weights `[out, in]` as FBGEMM reads them."""
+    """Packs the weights `[out, in]` for FBGEMM."""
     with warnings.catch_warnings(), _packing_by_fbgemm():
         warnings.filterwarnings("ignore", message=".*are deprecated and will be removed")
         scales = _scales(weight).double()
@@ -134,15 +134,16 @@ def _packed_in_8_bits(weight: torch.Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-# Of states, their scale and zero point, and packed weights.
+# Arguments: states, their scale and zero point, packed weights.
 _int8_product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
 
 @cache
 def _state_bits() -> int:
     """
-    How many bits states may have so that sums are exact: 8, or 7 where FBGEMM adds two products in 16 bits (without
-    VNNI), which 2 * 255 * 127 does not fit into. Found by such a sum, so that instructions hidden from FBGEMM count.
+    The number of bits that states may have so that sums are exact: 8, or 7 if FBGEMM adds two products in 16 bits
+    (without VNNI), because 2 * 255 * 127 does not fit. This is tested by such a sum, because the instructions that
+    FBGEMM uses may be limited by its settings.
     """
     inputs = 64
     ones = torch.ones(1, inputs, dtype=torch.float32, device="cpu")
@@ -152,7 +153,7 @@ def _state_bits() -> int:
 
 @contextmanager
 def _packing_by_fbgemm() -> Iterator[None]:
-    """Which library packs quantised weights is one setting for the process: it is put back."""
+    """Selects FBGEMM, which is a setting of the whole process, and restores the previous library afterwards."""
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:
@@ -163,10 +164,10 @@ def _packing_by_fbgemm() -> Iterator[None]:
 
 def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> str:
     """
-    What to compute in: as asked for; under autocast, autocast's dtype; else the model's own.
+    The type to compute in: the given one, else autocast's dtype under autocast, else the model's dtype.
 
     Raises:
-        ValueError: there is no such type.
+        ValueError: `compute_type` is unknown.
     """
     device = model.device.type
     if compute_type is None:
@@ -175,7 +176,5 @@ def resolve_compute_type(compute_type: str | None, model: PreTrainedModel) -> st
             dtype = torch.float32  # few CPUs compute in float16
         return str(dtype).removeprefix("torch.")
     if compute_type not in COMPUTE_TYPES:
-        raise ValueError(
-            f"compute_type={compute_type!r}: there is no such type; take one of {', '.join(COMPUTE_TYPES)}"
-        )
+        raise ValueError(f"compute_type={compute_type!r} is unknown: choose one of {', '.join(COMPUTE_TYPES)}")
     return compute_type

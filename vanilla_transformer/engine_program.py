@@ -1,7 +1,7 @@
-"""The compiled program of engine_compiled.cpp: for which processor, by which compiler, where it is kept.
+"""Compiles, caches and loads the program engine_compiled.cpp.
 
-It is compiled at its first use on a machine, which takes about ten seconds, and kept in the user's cache folder. Where
-that folder cannot be used, each process compiles it for itself. `load` waits for the compiler; `load_soon` never does.
+It is compiled at its first use on a machine, which takes about ten seconds, and kept in the user's cache folder. If
+that folder cannot be used, each process compiles its own. `load` waits for the compiler; `load_soon` never does.
 """
 
 import ctypes
@@ -32,17 +32,17 @@ _INDEX, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class ProgramError(ValueError):
-    """There is no compiled program on this machine; the message says why and what would help."""
+    """The program cannot be compiled or loaded on this machine. The message says why, and what would help."""
 
 
 def _structure(*fields: tuple[Any, str]) -> type[ctypes.Structure]:
-    """Of fields as types and names, several names at a time."""
+    """A structure with these fields: pairs of a type and one or more names."""
     return type(
         "Structure", (ctypes.Structure,), {"_fields_": [(n, kind) for kind, names in fields for n in names.split()]}
     )
 
 
-# The same structures stand in the program's source.
+# These must match the structures in engine_compiled.cpp. `_loaded` checks that they do.
 Sizes = _structure(
     (_INDEX, "d_model source_vocabulary vocabulary"),
     (_INDEX, "encoder_layers encoder_heads encoder_ffn decoder_layers decoder_heads decoder_ffn"),
@@ -68,8 +68,8 @@ Job = _structure(
 
 def compiler_flags() -> list[str]:
     """
-    The flags for this processor's instruction set, or for less where torch was told to use less
-    (`ATEN_CPU_CAPABILITY=avx2`, or `default`).
+    The flags for this processor's instruction set, or for a smaller one if `ATEN_CPU_CAPABILITY` (`avx2` or `default`)
+    limits torch to it.
     """
     if platform.machine().lower() in ("aarch64", "arm64"):
         return _arm_flags()
@@ -84,7 +84,7 @@ def compiler_flags() -> list[str]:
 
 
 def _arm_flags() -> list[str]:
-    """Apple's compiler knows its processors by itself. Linux names their instructions (asimddp: sums of products)."""
+    """Linux lists the instructions (asimddp: dot products). Apple's compiler needs no flags."""
     cpuinfo = Path("/proc/cpuinfo")
     features = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return ["-march=armv8.2-a+dotprod"] if "asimddp" in features else []
@@ -93,7 +93,7 @@ def _arm_flags() -> list[str]:
 def _compiler() -> list[str]:
     """
     Raises:
-        ProgramError: there is none.
+        ProgramError: there is no compiler.
     """
     if os.name != "posix":
         raise ProgramError("the compiled program needs Linux or macOS")
@@ -102,16 +102,16 @@ def _compiler() -> list[str]:
     for name in COMPILERS:
         if shutil.which(name):
             return [name]
-    raise ProgramError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or what CXX names): install g++")
+    raise ProgramError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or the one that CXX names): install g++")
 
 
 class _Program:
-    """The file of the program, and what compiles it."""
+    """The program's compiler, command and cached file."""
 
     def __init__(self) -> None:
         """
         Raises:
-            ProgramError: there is no compiler, or no source (code that came from the Hub has none).
+            ProgramError: there is no compiler, or no source (code from the Hub comes without it).
         """
         self.compiler = _compiler()
         self.command = [*self.compiler, *FLAGS, *compiler_flags(), "-shared", str(SOURCE)]
@@ -123,12 +123,12 @@ class _Program:
 
     def cached(self) -> ctypes.PyDLL | None:
         """
-        The program from the cache folder, if it is there. A file that is damaged is deleted: a crash or a full disk may
-        have left a part of it, and to run that would end the process. One that this machine cannot load stays: where
-        several machines share a home, it may be another's.
+        Loads the program from the cache folder, if it is there. A damaged file, which a crash or a full disk may leave,
+        is deleted, because running it would kill the process. A file that this machine cannot load is kept: it may
+        belong to another machine that shares the home folder.
 
         Raises:
-            ProgramError: another user could have written it.
+            ProgramError: another user could have written the file.
         """
         folder = _cache_folder()
         for file in sorted(folder.glob(f"{self.key}-*.so")) if folder else ():
@@ -143,7 +143,7 @@ class _Program:
 
     def compiled(self) -> ctypes.PyDLL:
         """
-        Compiles it, loads it, and keeps it. Beside, then renamed: other processes may be doing the same.
+        Compiles, loads and caches it: writes a temporary file and renames it, since other processes may do the same.
 
         Raises:
             ProgramError: it cannot be compiled, written or loaded.
@@ -154,7 +154,7 @@ class _Program:
             with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as beside:
                 file = Path(beside) / "program.so"
                 self._run([*self.command, "-o", str(file)])
-                library = _loaded(file)  # a loaded file may be moved, or deleted
+                library = _loaded(file)  # a loaded file may be moved or deleted
                 if folder is not None:
                     file.replace(folder / f"{self._stem(file)}.so")
                 return library
@@ -162,12 +162,12 @@ class _Program:
             raise ProgramError(f"the compiled program cannot be written: {error}") from error
 
     def _stem(self, file: Path) -> str:
-        """The name of a file with these bytes."""
+        """The name that a file with this content must have."""
         return f"{self.key}-{_digest(file.read_bytes())}"
 
     def _run(self, command: list[str]) -> None:
         try:
-            # In English, which `_why_failed` reads.
+            # `_why_failed` expects messages in English.
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
         except OSError as error:
             raise ProgramError(f"the C++ compiler {self.compiler[0]} cannot be run: {error}") from error
@@ -180,43 +180,43 @@ def _digest(content: bytes) -> str:
 
 
 def _why_failed(done: subprocess.CompletedProcess) -> str:
-    """What ended a compiler, in words."""
+    """Why the compiler failed."""
     if done.returncode < 0:
         return f"was killed by {signal.Signals(-done.returncode).name}: is there enough memory?"
     for line in done.stderr.splitlines():
         if "No space left on device" in line or "quota exceeded" in line:
-            return f"found the disk full: {line.strip()}"
-        # Of a program that it runs: "Killed signal terminated program cc1plus", "ld terminated with signal 9 [Killed]",
+            return f"failed because the disk is full: {line.strip()}"
+        # From a killed child: "Killed signal terminated program cc1plus", "ld terminated with signal 9 [Killed]",
         # "unable to execute command: Killed".
         if ("signal" in line and "terminated" in line) or "unable to execute command" in line:
-            return f"broke off: {line.strip()}: is there enough memory?"
-    told = done.stderr[-2000:]
-    return f"failed with exit status {done.returncode}; set CXX to one that knows C++20\n{told}".rstrip()
+            return f"crashed: {line.strip()}: is there enough memory?"
+    output = done.stderr[-2000:]
+    return f"failed with exit status {done.returncode}; set CXX to one that supports C++20\n{output}".rstrip()
 
 
 def _cache_folder() -> Path | None:
     """
-    The user's own folder for compiled programs, or None where there is none, or none that programs can be loaded from.
+    The user's own folder for compiled programs. None if there is none, or if programs cannot be loaded from it.
 
     Raises:
         ProgramError: another user could write into it.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vanilla_transformer"
-        with suppress(OSError):  # read-only, which does if it is there
+        with suppress(OSError):  # a read-only folder will do if it exists
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_uid == os.getuid():
                 folder.chmod(0o700)
         if not folder.is_dir() or _is_noexec(folder):
             return None
-    except (OSError, RuntimeError):  # in a folder that is closed to this user, or a user without a home
+    except (OSError, RuntimeError):  # no access to the parent folder, or no home folder
         return None
     _refuse_foreign(folder)
     return folder
 
 
 def _is_noexec(path: Path) -> bool:
-    """Whether its file system is mounted so that no program can be loaded from it."""
+    """Whether the file system is mounted noexec, so that no program can be loaded from it."""
     return bool(os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
@@ -232,10 +232,10 @@ def _refuse_foreign(path: Path) -> None:
 def _loaded(file: Path) -> ctypes.PyDLL:
     """
     Raises:
-        ProgramError: it cannot be loaded, or its structures are not the ones above.
+        ProgramError: it cannot be loaded, or its structures differ from those above.
     """
     try:
-        # PyDLL: Python looks for an exception after each call, such as the KeyboardInterrupt of a Ctrl-C.
+        # PyDLL, because Python then checks for exceptions after each call, such as KeyboardInterrupt.
         library = ctypes.PyDLL(str(file))
         functions = [library.vt_create, library.vt_search, library.vt_destroy, library.vt_message, library.vt_layout]
     except (OSError, AttributeError) as error:
@@ -252,7 +252,7 @@ def _loaded(file: Path) -> ctypes.PyDLL:
         ours = [ctypes.sizeof(structure), *(getattr(structure, name).offset for name in names)]
         theirs = layout(number)[: len(ours)]
         if ours != theirs:
-            raise ProgramError(f"the compiled program lays out its data as {theirs}, Python as {ours}: install it anew")
+            raise ProgramError(f"the compiled program lays out its data as {theirs}, Python as {ours}: reinstall it")
     return library
 
 
@@ -262,7 +262,7 @@ _future: Future | None = None
 
 def load() -> ctypes.PyDLL:
     """
-    The program, compiled first if need be.
+    Returns the program, and compiles it first if necessary.
 
     Raises:
         ProgramError: it cannot be compiled or loaded here.
@@ -272,7 +272,7 @@ def load() -> ctypes.PyDLL:
 
 def load_soon() -> ctypes.PyDLL | None:
     """
-    The program if it is there; None while it is being compiled, which the first call begins in a thread.
+    Returns the program if it is ready, else None. The first call starts to compile it in a thread.
 
     Raises:
         ProgramError: it cannot be compiled or loaded here.
@@ -282,7 +282,7 @@ def load_soon() -> ctypes.PyDLL | None:
 
 
 def load_if_possible() -> None:
-    """For programs that decode much: waits for the compiler. Where there is no program, `generate()` says so."""
+    """Waits for the compiler, for commands that decode a lot. If there is no program, `generate()` warns."""
     with suppress(ProgramError):
         load()
 
@@ -296,7 +296,7 @@ def _started() -> Future:
 
 
 def _start() -> Future:
-    """Loads a program that is there at once, and compiles one that is not in a thread."""
+    """Loads a cached program at once, or starts to compile it in a thread."""
     future: Future = Future()
 
     def compile_it(program: _Program) -> None:
@@ -317,7 +317,7 @@ def _start() -> Future:
 
 
 def forget() -> None:
-    """The next call looks anew: after a fork, for the thread that compiles is not in the child, and in tests."""
+    """Starts over at the next call: for tests, and after a fork, because the compiling thread is not in the child."""
     global _future, _lock
     _future, _lock = None, threading.Lock()
 

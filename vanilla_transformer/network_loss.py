@@ -1,6 +1,6 @@
 """The training loss: cross-entropy with label smoothing (Vaswani et al., 2017, section 5.4).
 
-Beside it stand what the decoder reads in training, and what a model gives there.
+This file also makes the decoder's input from the labels, and has the model's output class for training.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .network_operations import linear, weight_gradient
 
 IGNORE_INDEX = -100
 
-# Rows of logits that exist at a time in training. A few hundred are enough for full speed, and little memory.
+# Rows of logits computed at a time in training. A few hundred give full speed and need little memory.
 CHUNK = 256
 
 
@@ -20,19 +20,20 @@ def decoder_inputs(
     labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    What the decoder reads to predict these labels: the tokens one position later, `[start, y_1, ..., y_{T-1}]`
-    (Figure 1). In a row that is padded on the left, they start where its tokens do.
+    Shifts the labels right to make the decoder's input, `[start, y_1, ..., y_{T-1}]` (Figure 1). In a row padded on the
+    left, the start token stands at the first label's position.
 
     Args:
         labels: ids of the true tokens, -100 before the first and after the last one, `[B, T]`.
-        pad_token_id: stands in place of -100.
-        decoder_start_token_id: stands before the first token of each row.
+        pad_token_id: replaces -100.
+        decoder_start_token_id: comes before the first token of each row.
 
     Returns:
-        The ids, `[B, T]`, and their mask, 1 from the start token on, `[B, T]`. None where no row is padded on the left.
+        The ids, `[B, T]`, and their mask, 1 from the start token on, `[B, T]`. The mask is None if no row is padded on
+        the left.
 
     Raises:
-        ValueError: -100 stands between the tokens of a row, so that what the decoder would read there is not known.
+        ValueError: a row has -100 between two tokens, so the decoder's input there is unknown.
     """
     token = labels != IGNORE_INDEX
     first = token & (token.cumsum(dim=1) == 1)
@@ -40,7 +41,7 @@ def decoder_inputs(
     ids[:, 0] = pad_token_id
     ids = ids.masked_fill(ids == IGNORE_INDEX, pad_token_id).masked_fill(first, decoder_start_token_id)
     after_padding = token[:, 1:] & ~token[:, :-1]
-    # A compiled graph cannot look at values. It is given the mask in any case.
+    # A compiled graph cannot inspect values, so it always gets the mask.
     if not torch.compiler.is_compiling():
         if not after_padding.any():
             return ids, None
@@ -48,7 +49,7 @@ def decoder_inputs(
         if several.any():
             raise ValueError(
                 f"labels: row {several.long().argmax()} has {IGNORE_INDEX} between two tokens, where the decoder needs "
-                "the true one as its input: pad at the ends only, or call the model with decoder_input_ids"
+                "a true token as its input: pad at the ends only, or call the model with decoder_input_ids"
             )
     return ids, (token.cumsum(dim=1) > 0).long()
 
@@ -75,14 +76,14 @@ def label_smoothed_cross_entropy(
     Returns:
         A scalar, float32 or wider. 0 where no position counts.
     """
-    # Half-precision logits lose the small probabilities that smoothing adds up: reduce in float32.
+    # Reduce in float32: half precision loses the small probabilities that smoothing sums.
     logits = logits.flatten(0, 1).to(_reduction_dtype(logits))  # [B*T, V]
     labels = labels.flatten().to(logits.device)  # [B*T]
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum")
     return _per_token(total, labels, num_items_in_batch)
 
 
-# Left out of compiled graphs: one that unrolled the chunks would be compiled anew for every number of tokens.
+# Not compiled: a graph with the chunks unrolled would be recompiled for every number of tokens.
 @torch.compiler.disable
 def projected_cross_entropy(
     hidden_states: torch.Tensor,
@@ -93,10 +94,9 @@ def projected_cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    `label_smoothed_cross_entropy` of the logits `hidden_states x weight^T + bias`, without ever holding them all.
+    `label_smoothed_cross_entropy` of the logits `hidden_states x weight^T + bias`, without storing all logits at once.
 
-    Value and gradient are those of projection and loss one after the other, also under autocast. It differentiates
-    once: there is no gradient of the gradient.
+    Value and gradient equal those of projection followed by loss, also under autocast. There are no second derivatives.
 
     Args:
         hidden_states: the decoder's last states, `[B, T, d_model]`.
@@ -128,8 +128,8 @@ def _per_token(total: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
     """
-    The summed loss of `[N, d_model]` states. Its gradient is made in the forward pass, chunk by chunk, where the
-    probabilities are at hand: the gradient of a row's loss in its logits is p - target, with p = softmax(logits).
+    The summed loss of `[N, d_model]` states. The forward pass also computes the gradient, chunk by chunk, while it has
+    the probabilities: the gradient of a row's loss with respect to its logits is p - target, with p = softmax(logits).
     """
 
     @staticmethod
@@ -137,7 +137,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         """Multiplies matrices in `dtype`, as autocast would, and does the rest in float32 or wider."""
         wide = _reduction_dtype(hidden_states)
         kept = labels != IGNORE_INDEX  # [N]
-        # Padding has no loss, so the rest is projected alone; on an accelerator, finding it would wait for the device.
+        # Padding has no loss, so a CPU skips it. On an accelerator, finding it would wait for the device.
         on_cpu = hidden_states.device.type == "cpu"
         counted = kept.nonzero()[:, 0] if on_cpu else torch.arange(len(labels), device=labels.device)
         true, kept = labels.clamp(min=0), kept.to(wide)[:, None]
@@ -146,7 +146,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide)
         grad_bias = torch.zeros_like(bias, dtype=wide)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            # 1. p, times its row's sum, and what follows from it
+            # 1. unnormalised p (p times its row's sum), and its share of the loss and the gradients
             matrix, offset = weight.to(dtype), bias.to(dtype)
             mean_logit = hidden_states.to(wide) @ weight.to(wide).mean(dim=0) + bias.to(wide).mean()  # [N]
             for rows in counted.split(CHUNK):
@@ -158,12 +158,12 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                 p = logits.sub_(highest).exp_()
                 sums = p.sum(dim=1, keepdim=True)
                 total += ((highest + sums.log() - target_logits) * kept[rows]).sum()
-                scale = kept[rows] / sums  # by which p is too large: cheaper to apply to d_model than to V columns
+                scale = kept[rows] / sums  # normalises p; cheaper to apply to d_model than to V columns
                 grad_bias.addmv_(p.T, scale[:, 0])
                 p = p.to(dtype)
                 grad_hidden[rows] = linear(p, matrix.T).to(wide) * scale
                 weight_gradient(p, (states * scale).to(dtype), total=grad_weight)
-            # 2. minus the target: 1 - smoothing on the true token, and a little on every one
+            # 2. minus the target: 1 - smoothing on the true token, plus an even share for every token
             even = smoothing / len(bias)
             states = hidden_states.to(wide) * kept
             grad_hidden -= kept * ((1 - smoothing) * weight.to(wide)[true] + even * weight.to(wide).sum(dim=0))
@@ -175,13 +175,13 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total):
-        """Scales what the forward pass left, in place: a copy of the matrix's gradient would be the peak of memory."""
+        """Scales the stored gradients in place: a copy of the matrix's gradient would raise the peak memory."""
         scaled = (grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *scaled, None, None, None
 
 
 class OutputWithoutLogits(Seq2SeqLMOutput):
-    """What training gives. By number only the loss can be had: all others would stand in the place of the logits."""
+    """The output in training. An index gives only the loss: at 1, users expect logits, which are not computed."""
 
     def __getitem__(self, key):
         if isinstance(key, str):
@@ -194,5 +194,5 @@ class OutputWithoutLogits(Seq2SeqLMOutput):
             ValueError: always.
         """
         raise ValueError(
-            "training with labels gives the loss without logits: give return_logits=True, or ask for outputs by name"
+            "training with labels returns the loss without logits: set return_logits=True, or get outputs by name"
         )

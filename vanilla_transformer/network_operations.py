@@ -1,4 +1,4 @@
-"""What the network does at every sub-layer, cheaper than torch's own way: products and dropout on a CPU, and casts."""
+"""Faster versions of what every sub-layer does: products and dropout on a CPU, and casts under autocast."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# Multiplications up to which a call of oneDNN takes longer than torch's plain product takes in all.
+# Up to this number of multiplications, calling oneDNN takes longer than torch's whole plain product.
 FEW_PRODUCTS = 2**17
 
 
@@ -15,9 +15,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     `torch.nn.functional.linear`, x W^T + b, at twice the speed in float32 on some CPUs.
 
-    There torch multiplies by MKL, which leaves the AVX-512 units of other makers' processors idle. oneDNN, which torch
-    takes for bfloat16 anyway, uses them, with the same single precision. Everything else is torch's own: other types,
-    other devices, autocast, compiled graphs, weights that are no plain tensors (quantised or sharded), small products.
+    On those CPUs torch multiplies with MKL, which does not use the AVX-512 units of processors that are not Intel's.
+    oneDNN, which torch uses for bfloat16 anyway, does, with the same single precision. In all other cases torch's own
+    product is used: other types and devices, autocast, compiled graphs, weights that are not plain tensors (quantised
+    or sharded), small products.
 
     Args:
         x: `[..., in]`. weight: `[out, in]`. bias: `[out]`.
@@ -44,7 +45,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b by oneDNN, and its gradients, which are such products too."""
+    """x W^T + b by oneDNN. Its gradients are such products too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -63,18 +64,18 @@ class _Product(torch.autograd.Function):
         )
 
 
-# oneDNN wants the rows of its left operand one after the other, so a transposed one is copied first. Its AVX-512 pays
-# for that; in AVX2 torch's own product is as fast without the copy.
+# oneDNN needs a contiguous left operand, so a transposed one is copied first. With AVX-512 oneDNN is faster in spite of
+# the copy; with AVX2 torch's own product is as fast without it.
 _COPY_PAYS = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
     """
-    The gradient that the weight of a product gets from that of its rows, grad^T x, by the fastest product.
+    The gradient of a weight, grad^T x, by the fastest product.
 
     Args:
         grad: `[N, out]`. x: `[N, in]`.
-        total: `[out, in]`, to which it is added in place. Default: none.
+        total: `[out, in]`, to which the gradient is added in place. Default: none.
 
     Returns:
         `[out, in]`.
@@ -86,7 +87,7 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, total: torch.Tensor | N
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by the function above."""
+    """`torch.nn.Linear` with `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
@@ -95,13 +96,13 @@ class Linear(nn.Linear):
 
 def fast_dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """
-    `torch.nn.functional.dropout` (Vaswani et al., 2017, section 5.4), cheaper on a CPU, where torch's masks cost more
-    than a small layer does.
+    `torch.nn.functional.dropout` (Vaswani et al., 2017, section 5.4), faster on a CPU, where torch's masks take longer
+    than a small layer.
 
-    One 64-bit random number decides four elements, 16 bits for each: an element becomes zero if its bits, as a number,
-    lie below `p * 2^16`. So the rate is exact to 2^-17. The numbers come from torch's default generator: seeds, and the
-    generator's state in a checkpoint, work as ever. For the backward pass the mask is kept, one byte for each element.
-    On other devices torch's own fused kernel does all this.
+    One 64-bit random number decides four elements, 16 bits for each: an element becomes zero if its 16-bit number is
+    below `p * 2^16`. So the rate is exact to 2^-17. The numbers come from torch's default generator, so seeds and the
+    generator's state in a checkpoint work as usual. The backward pass needs the mask, which takes one byte per element.
+    On other devices torch's own fused kernel is used.
 
     Args:
         x: any shape.
@@ -116,7 +117,7 @@ def fast_dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 
 
 class _Keep(torch.autograd.Function):
-    """`x * scale` where `kept`, else 0; and the same of the gradient."""
+    """`x * scale` where `kept`, else 0; the gradient likewise."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
@@ -131,17 +132,17 @@ class _Keep(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` by the function above."""
+    """`torch.nn.Dropout` with `fast_dropout`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape, the same back."""
+        """Takes any shape and returns the same."""
         return fast_dropout(x, self.p, self.training)
 
 
 def cast_once(x: torch.Tensor) -> torch.Tensor:
     """
-    Does to `x` what autocast would do at each of the projections that read it, so that it is done, and kept for the
-    backward pass, once. Without autocast, and in float64, which autocast leaves alone, `x` comes back.
+    Casts `x` to autocast's dtype once. Otherwise each projection that reads `x` would cast it and keep its own copy for
+    the backward pass. Without autocast, and in float64, which autocast ignores, returns `x`.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:

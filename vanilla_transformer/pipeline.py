@@ -1,7 +1,7 @@
 """Text in, text out: the `translation` task for transformers' `pipeline()`, which transformers 5 has dropped.
 
-The model was trained on sentences. So a text is split into its sentences, they are translated in batches of similar
-length, and their translations are put together with the text's own white space.
+The model was trained on sentences. So a text is split into sentences, these are translated in batches of similar
+length, and the translations are joined with the text's own white space.
 """
 
 import math
@@ -20,29 +20,29 @@ from .pipeline_batches import batches_by_length, longest_sentence
 from .pipeline_sentences import as_one_sentence, space_after, split_sentences
 
 
-# Of a generator or a dataset, so many batches of sentences are read ahead, to be sorted by their length.
+# Number of batches that are read ahead from a generator or a dataset, to sort their sentences by length.
 READ_AHEAD = 16
-# What is not taken, and why. generate() takes it with an entry for each row, and rows are this pipeline's own affair;
-# or the pipeline of transformers 4 took it: then with the value that asks for no more than there is.
+# Options that are refused, with the one value that is accepted (None: none) and the reason. Either generate() takes
+# them with an entry for each row, but the pipeline makes its own rows; or transformers 4's pipeline had them.
 NOT_TAKEN: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
         ("decoder_input_ids", "decoder_attention_mask", "required_phrases", "forbidden_phrases"),
         (
             None,
-            "has an entry for each row, but the pipeline makes its own rows of the sentences: call generate() of the "
-            "model",
+            "has an entry for each row, but the pipeline makes its own rows from the sentences: call the model's "
+            "generate()",
         ),
     ),
     "return_text": (True, "can only be True: the pipeline returns text"),
-    "return_tensors": (False, "can only be False: call generate() of the model for token ids"),
-    "return_type": (1, "can only be 1, text: call generate() of the model for token ids"),
-    "stop_sequence": (None, "is not taken: give its id as eos_token_id"),
+    "return_tensors": (False, "can only be False: call the model's generate() for token ids"),
+    "return_type": (1, "can only be 1, text: call the model's generate() for token ids"),
+    "stop_sequence": (None, "is not supported: give its id as eos_token_id"),
     **dict.fromkeys(
         ("src_lang", "tgt_lang"),
         (
             None,
-            "is not taken: a model translates between the languages that it was trained on, and where it was trained "
-            "with tags for several they are written into the text",
+            "is not supported: a model translates between the languages that it was trained on; if it was trained "
+            "with tags for several, write them into the text",
         ),
     ),
     "framework": ("pt", "can only be 'pt'"),
@@ -65,29 +65,29 @@ class TranslationPipeline(Pipeline):
 
     A call takes a string, a list of strings, or a generator, a column of a dataset or a torch `Dataset` of strings, and
     returns what the translation pipeline of transformers 4 returned: for a string, a list with one dictionary, whose
-    `translation_text` is the translation; for a list, a list of dictionaries; for the others, an iterator that yields
-    as for a string, and reads ahead as far as it takes to fill 16 batches. Sentences of all inputs are sorted by their
-    length and translated together. White space stays as it was, and text that is nothing else too.
+    `translation_text` is the translation; for a list, a list of dictionaries; otherwise an iterator that yields for
+    each text what a string returns, and reads ahead to fill 16 batches. Sentences of all inputs are sorted by length
+    and translated together. White space stays as it was.
 
-    Each of these can be given to a call, and to `pipeline()` as the default for all calls:
+    Each of these options can be given to a call, or to `pipeline()` as the default for all calls:
         split_sentences (`bool`): False translates each text as one sentence. Default: True.
-        truncation (`bool`): cuts sentences that are longer than learned positions reach, which are an error otherwise.
+        truncation (`bool`): truncates sentences that are too long for learned positions. Otherwise they are an error.
             Default: False.
-        batch_tokens (`int`): source tokens, padding included, of sentences translated together; a longer sentence is
-            translated alone. It is there in place of `batch_size`. Default: 4096.
-        return_scores (`bool`): adds `score`, the sum of generate()'s `sequences_scores` over a text's sentences, for
-            which it must search with more than one beam. Default: False.
-        num_return_sequences (`int`): for more than one, each input gives a list of its best translations. The second
-            best joins the second best of each sentence, and so on.
+        batch_tokens (`int`): number of source tokens, padding included, translated together. A longer sentence is
+            translated alone. It replaces `batch_size`. Default: 4096.
+        return_scores (`bool`): adds `score`, the sum of generate()'s `sequences_scores` over a text's sentences. Needs
+            more than one beam. Default: False.
+        num_return_sequences (`int`): if above 1, each input gives a list of its best translations. The second best
+            joins the second best of each sentence, and so on.
         clean_up_tokenization_spaces (`bool`): as in the tokenizer's `decode`. Default: the tokenizer's.
-        All other arguments of `generate()`, but those that have an entry for each row (`decoder_input_ids`,
+        All other arguments of `generate()`, except those with an entry for each row (`decoder_input_ids`,
             `required_phrases`, `forbidden_phrases`).
-    The languages in a task's name (`"translation_en_to_de"`), as transformers 4 had it, change nothing.
+    Languages in the task's name (`"translation_en_to_de"`), as in transformers 4, have no effect.
 
     Raises:
-        ValueError: a sentence is longer than learned positions reach, a text holds half of a surrogate pair, an option
-            does not fit, or the tokenizer is that of another model.
-        TypeError: an input is no string.
+        ValueError: a sentence is too long for learned positions, a text has half of a surrogate pair, an option is
+            wrong, or the tokenizer belongs to another model.
+        TypeError: an input is not a string.
     """
 
     _load_tokenizer = True
@@ -101,13 +101,13 @@ class TranslationPipeline(Pipeline):
         refuse_other_tokenizer(self.tokenizer, self.model.config)
 
     def __call__(self, inputs: str | Iterable[str], **options: Any) -> list | Iterator:
-        # Chat templates are looked for in the first element.
+        # The base class looks for chat templates in the first element, which is missing here.
         if inputs == []:
             return []
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         elif isinstance(inputs, Iterable) and not isinstance(inputs, str | list | dict | Dataset):
-            # The base class knows generators, but no columns of `datasets`.
+            # The base class accepts generators, but not columns of `datasets`.
             inputs = (text for text in inputs)
         results = super().__call__(inputs, **options)
         if isinstance(inputs, list) and all(len(best) == 1 for best in results):
@@ -116,17 +116,17 @@ class TranslationPipeline(Pipeline):
 
     def stream(self, text: str, **options: Any) -> Iterator[str]:
         """
-        Yields the translation of a text in pieces, while it is decoded: greedily, or by sampling.
+        Yields the translation of a text in pieces while it is decoded, by greedy search or sampling.
 
         Args:
             text: one text of any length.
-            options: as for a call, without `num_beams` and what needs it.
+            options: as for a call, except `num_beams` and options that need it.
 
         Raises:
             ValueError: `num_beams` is not 1, or as in a call.
         """
         if options.get("num_beams", 1) != 1:
-            raise ValueError(f"num_beams={options['num_beams']}: only one beam can be streamed, leave num_beams out")
+            raise ValueError(f"num_beams={options['num_beams']}: only one beam can be streamed, so leave num_beams out")
         preprocess_params, options, decoding = self._sanitize_parameters(**options)
         options = {**self._forward_params, **options}
         options.pop("batch_tokens", None)
@@ -143,24 +143,24 @@ class TranslationPipeline(Pipeline):
                 yield space
 
     def _stream_sentence(self, ids: list[int], options: dict, decode_options: dict) -> Iterator[str]:
-        """Decodes one sentence in a thread of its own, and yields what it hands out."""
+        """Decodes one sentence in a thread, and yields the streamer's text."""
         batch = self.tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
         streamer = _CharacterStreamer(self.tokenizer, skip_special_tokens=True, **decode_options)
         with ThreadPoolExecutor(max_workers=1) as pool:
             decoding = pool.submit(self.forward, batch, streamer=streamer, **options)
-            # After an error too, or the loop below would wait forever.
+            # Also after an error, or the loop below would wait forever.
             decoding.add_done_callback(lambda _: streamer.end())
             yield from filter(None, streamer)
             decoding.result()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
-        Saves model and tokenizer, and this file beside them, so that `pipeline(model=..., trust_remote_code=True)`
-        finds the task where the package is not installed. The model's own code comes with it after
-        `register_for_auto_class()` of its class and its config.
+        Saves model, tokenizer and this file, so that `pipeline(model=..., trust_remote_code=True)` finds the task even
+        without this package. To save the model's code too, call `register_for_auto_class()` of its class and its config
+        first.
         """
         super().save_pretrained(save_directory, **kwargs)
-        # A checkpoint of the same model, saved without the code, must not ask for it.
+        # A later checkpoint of this model, saved without the code, must not refer to it.
         vars(self.model.config).pop("custom_pipelines", None)
 
     def _sanitize_parameters(
@@ -204,9 +204,9 @@ class TranslationPipeline(Pipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Iterator[list[dict]]:
-        """Yields the translations of each text, in the order of the texts: of a list, all are read at once."""
+        """Yields the translations of each text in order. A list is read at once, other inputs in parts."""
         if batch_size != 1:
-            raise ValueError(f"batch_size={batch_size}: batches are bounded by tokens, give batch_tokens in its place")
+            raise ValueError(f"batch_size={batch_size}: batches are limited by tokens, so give batch_tokens instead")
         options = dict(forward_params)
         batch_tokens = options.pop("batch_tokens", 4096)
         most = math.inf if isinstance(inputs, list) else READ_AHEAD * batch_tokens
@@ -222,11 +222,11 @@ class TranslationPipeline(Pipeline):
         yield from self._translations(read, batch_tokens, options, postprocess_params)
 
     def _prepared(self, text: str, number: int, preprocess_params: dict) -> dict[str, list]:
-        """`preprocess`, with errors that say which of the texts it is."""
+        """Checks a text and calls `preprocess`. Errors give the text's number."""
         if not isinstance(text, str):
             raise TypeError(
-                f"text {number} is not a string, but of type {type(text).__name__}: of a dataset, give one column, as "
-                'dataset["source"] or KeyDataset(dataset, "source")'
+                f"text {number} is not a string, but of type {type(text).__name__}: of a dataset, give one column, "
+                'such as dataset["source"] or KeyDataset(dataset, "source")'
             )
         if fault := text_fault(text):
             raise ValueError(f"text {number} {fault}")
@@ -236,12 +236,12 @@ class TranslationPipeline(Pipeline):
             if longest is not None and len(ids) > longest:
                 raise ValueError(
                     f"sentence {sentence} of text {number} has {len(ids)} tokens, but the model has learned positions "
-                    f"for max_position_embeddings={longest}: split it, or give truncation=True to cut it"
+                    f"for max_position_embeddings={longest}: split the sentence, or set truncation=True"
                 )
         return prepared
 
     def preprocess(self, text: str, split: bool = True, truncation: bool | str = False) -> dict[str, list]:
-        """Sentences with the white space after them (`pieces`), and the tokens of those that are not empty."""
+        """Splits a text into sentences with the white space after them (`pieces`), and tokenizes the non-empty ones."""
         pieces = split_sentences(text) if split else as_one_sentence(text)
         sentences = [sentence for sentence, _ in pieces if sentence]
         cut = {"truncation": truncation, "max_length": longest_sentence(self.model.config)} if truncation else {}
@@ -251,7 +251,7 @@ class TranslationPipeline(Pipeline):
     def _translations(
         self, texts: list[dict], batch_tokens: int, options: dict, decoding: dict
     ) -> Iterator[list[dict]]:
-        """Translates the sentences of prepared texts, the longest first, and yields the best of each text."""
+        """Translates the sentences of prepared texts, longest first, and yields the translations of each text."""
         rows = [ids for text in texts for ids in text["input_ids"]]
         best: list[list[tuple[str, float]]] = [[] for _ in rows]
         for batch in batches_by_length([len(row) for row in rows], batch_tokens):
@@ -273,7 +273,7 @@ class TranslationPipeline(Pipeline):
     def _forward(
         self, batch: dict, return_scores: bool = False, streamer: TextIteratorStreamer | None = None, **options: Any
     ) -> dict[str, torch.Tensor]:
-        """The `sequences` that generate() returns, and their `scores` (zeros, if they are not asked for)."""
+        """Returns generate()'s `sequences` and their `scores`, which are 0 unless `return_scores` is set."""
         overrides: dict[str, Any] = {"return_dict_in_generate": return_scores}
         if streamer is not None:
             overrides["num_beams"] = 1
@@ -282,13 +282,13 @@ class TranslationPipeline(Pipeline):
             return {"sequences": outputs, "scores": torch.zeros(len(outputs))}
         if outputs.get("sequences_scores") is None:
             raise ValueError(
-                "return_scores=True, but generate() returns no sequences_scores: raise num_beams above 1 (where "
-                "transformers' own search decodes, it needs output_scores=True as well)"
+                "return_scores=True, but generate() returns no sequences_scores: set num_beams above 1 (if "
+                "transformers' own search decodes, also set output_scores=True)"
             )
         return {"sequences": outputs.sequences, "scores": outputs.sequences_scores}
 
     def postprocess(self, translated: dict[str, list], count: int = 1, return_scores: bool = False) -> list[dict]:
-        """Joins the best translation of each sentence, then the second best, and so on: `count` dictionaries."""
+        """Joins the best translations of all sentences, then the second best, and so on: `count` dictionaries."""
         pieces, best = translated["pieces"], translated["best"]
         records = []
         for rank in range(count):
@@ -306,10 +306,10 @@ class TranslationPipeline(Pipeline):
 
 class _CharacterStreamer(TextIteratorStreamer):
     """
-    Hands out text as soon as its last character is whole.
+    Emits text as soon as its last character is complete.
 
-    transformers' own waits for the next blank, which many scripts do not have, and decodes anew after a line feed,
-    which loses a blank.
+    transformers' own streamer waits for the next space, which many scripts do not have, and starts over after a line
+    feed, which loses a space.
     """
 
     print_len: int

@@ -324,7 +324,7 @@ MISTAKES = {
         {"required_phrases": [[], [], [[5, 2]], [], []]}, r"required_phrases\[2\] contains \[5, 2\] with 2, which ends",
     ),
     "another end inside": (
-        {"required_phrases": [[[5, 9]]] * 5, "eos_token_id": [2, 9]}, r"holds \[5, 9\] with 9, which ends a sentence",
+        {"required_phrases": [[[5, 9]]] * 5, "eos_token_id": [2, 9]}, r"contains \[5, 9\] with 9, which ends a",
     ),
     "required and forbidden": (
         {"required_phrases": [[[5, 6, 7]]] * 5, "forbidden_phrases": [[], [], [], [[6, 7]], []]},

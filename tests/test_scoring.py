@@ -163,7 +163,7 @@ MISTAKES = {
     r"attention_mask has shape \[4, 9\], input_ids \[4, 7\]": {"attention_mask": torch.ones(4, 9)},
     "input_ids holds id 61, .* 0 to 60": {"input_ids": torch.full((4, 7), 61)},
     "labels holds id -1, .* 0 to 60": {"labels": torch.full((4, 9), -1)},
-    "labels: row 2 holds no token": {"labels": torch.tensor([[5, 2], [5, 2], [0, -100], [5, 2]])},
+    "labels: row 2 has no token": {"labels": torch.tensor([[5, 2], [5, 2], [0, -100], [5, 2]])},
     "labels begin with decoder_start_token_id=1": {"labels": torch.tensor([[1, 5, 2]] * 4)},
 }
 

@@ -123,7 +123,7 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(concatenated), weights  # [B, T, d_model]
 
     def _split_heads(self, projected: torch.Tensor, width: int) -> torch.Tensor:
-        # The number of heads is left open: under tensor parallelism each rank holds some of them.
+        # The number of heads is inferred, because under tensor parallelism each rank holds only some of them.
         return projected.view(*projected.shape[:-1], -1, width).transpose(1, 2)  # [B, H, L, width]
 
     def _keys_and_values(
@@ -132,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         key_value_states: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `[B, H, S, d_k]` and values `[B, H, S, d_v]`, with those that the cache holds."""
+        """Keys `[B, H, S, d_k]` and values `[B, H, S, d_v]`, those in the cache included."""
         is_cross_attention = key_value_states is not None
         if past_key_values is None:
             cache = None
@@ -181,7 +181,7 @@ class LearnedPositions(nn.Embedding):
 
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[override]
         """`position_ids` `[B, L]`, each below `max_position_embeddings` -> `[B, L, d_model]`."""
-        # A compiled graph cannot look at values. Elsewhere the look is cheap beside what a GPU's assertion costs.
+        # A compiled graph cannot inspect values. Otherwise this check is cheap, and clearer than a GPU's assertion.
         if not torch.compiler.is_compiling() and position_ids.max() >= self.num_embeddings:
             raise ValueError(
                 f"position {position_ids.max()} has no learned embedding: the model was built with "
@@ -277,7 +277,7 @@ class DecoderLayer(TransformerLayer):
 
 
 class VanillaTransformerPreTrainedModel(GuardedLoading, PreTrainedModel):
-    """What transformers needs to know of every module below: how to initialise, split, compile and record it."""
+    """What transformers needs to know about the models below: how to initialise, split, compile and record them."""
 
     config: VanillaTransformerConfig
     base_model_prefix = "model"
@@ -300,7 +300,7 @@ class VanillaTransformerPreTrainedModel(GuardedLoading, PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=embedding_std)
-            # A row that was loaded must keep its values, and the slice below would lose the flag that says so.
+            # A loaded row must keep its values, but the slice below would lose the flag that it was loaded.
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.LayerNorm):
@@ -310,8 +310,8 @@ class VanillaTransformerPreTrainedModel(GuardedLoading, PreTrainedModel):
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
         if not self.config.share_encoder_decoder_embeddings:
             raise ValueError(
-                "resize_token_embeddings needs share_encoder_decoder_embeddings=True: with two vocabularies it cannot "
-                "know which one is meant. Build a model with the new vocab_size and decoder_vocab_size instead"
+                "resize_token_embeddings needs share_encoder_decoder_embeddings=True: with two vocabularies it is "
+                "unclear which one is meant. Build a model with the new vocab_size and decoder_vocab_size instead"
             )
         resized = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.decoder_vocab_size = resized.num_embeddings
@@ -374,8 +374,8 @@ def one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 
 def position_ids_of(attention_mask: torch.Tensor | None, given: torch.Tensor, past_length=0) -> torch.Tensor:
     """
-    Numbers the tokens of `given` from 0, `[B, L]` or `[1, L]`. With a mask `[B, past_length + L]` only those that it
-    marks count, so that padding on the left shifts none. A mask already prepared for the attention tells no positions.
+    Numbers the tokens of `given` from 0, `[B, L]` or `[1, L]`. With a mask `[B, past_length + L]` padding does not
+    count, so that padding on the left shifts no position. A mask already prepared for attention is not used.
     """
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -given.shape[1] :]
@@ -485,11 +485,11 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The table that the source is read with."""
+        """The source's embedding table."""
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the table that the source is read with, and the target too where they share it."""
+        """Replaces the source's embedding table, and the target's too if they share it."""
         self.encoder.embed_tokens = value
         if self.config.share_encoder_decoder_embeddings:
             self.shared = value
@@ -519,13 +519,13 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
             decoder_attention_mask: 1 for target tokens, 0 for padding, cached ones included. Default: no padding,
                 which also serves targets padded on the right, since no token sees what is to its right.
             decoder_position_ids: positions of the target tokens. Default: counted over `decoder_attention_mask`.
-            encoder_outputs: what the encoder gave for this source, also as a tuple, to spare its work.
-            past_key_values: an `EncoderDecoderCache` from the call before.
-            use_cache: whether to return one. Default: `config.use_cache`.
+            encoder_outputs: the encoder's output for this source, which may be a tuple. The encoder then does not run.
+            past_key_values: the `EncoderDecoderCache` of the previous call.
+            use_cache: whether to return a cache. Default: `config.use_cache`.
 
         Returns:
             `last_hidden_state` `[B, T, d_model]`, the cache, and what `output_attentions` and `output_hidden_states`
-            asked for. The caller's `return_dict=False` makes it a tuple.
+            ask for. With `return_dict=False` a tuple.
 
         Raises:
             ValueError: both or neither of ids and embeddings were given for one side.
@@ -594,7 +594,7 @@ class VanillaTransformerForConditionalGeneration(
         The decoder's input for these labels, `[B, T]`: what transformers' collators ask for.
 
         Raises:
-            ValueError: the labels are padded on the left, which ids alone cannot tell the decoder.
+            ValueError: the labels are padded on the left, so the decoder would need a mask as well.
         """
         ids, mask = decoder_inputs(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
         if mask is not None:
@@ -626,13 +626,13 @@ class VanillaTransformerForConditionalGeneration(
         Takes what `VanillaTransformerModel.forward` takes, and:
 
         Args:
-            labels: true target tokens, `[B, T]`, -100 where none is to be predicted. They are shifted right to make
-                the decoder's input, unless that is given. Padding on either side changes nothing.
-            num_items_in_batch: target tokens of the whole update, which divide the loss. Default: those in `labels`.
-            return_logits: whether training with `labels` gives logits too; the loss alone is faster without them, and
-                `outputs[1]` is then an error.
-            return_dict: False makes the outputs a tuple, always with logits: places in it are counted. Default:
-                `config.return_dict`.
+            labels: true target tokens, `[B, T]`, -100 for padding, which may be on either side. They are shifted right
+                to make the decoder's input, unless that is given.
+            num_items_in_batch: number of target tokens in the whole update, by which the loss is divided. Default: the
+                number in `labels`.
+            return_logits: whether training with `labels` returns logits too. Without them training is faster, and
+                `outputs[1]` is an error.
+            return_dict: False returns a tuple, always with logits. Default: `config.return_dict`.
 
         Returns:
             `loss` in nats per token (smoothed by `config.label_smoothing` in training mode only), `logits` `[B, T, V]`,
@@ -662,10 +662,9 @@ class VanillaTransformerForConditionalGeneration(
         )
         hidden, head = outputs.last_hidden_state, self.lm_head
         smoothing = self.config.label_smoothing if self.training else 0.0
-        # The base model's outputs under their own names, with its last state replaced by what is predicted from it.
+        # All outputs of the base model except its last state, which the logits replace.
         recorded = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        # A head that something has wrapped, split up or hooked (LoRA, quantisation, tensor parallelism, a device map)
-        # is called as it is.
+        # A wrapped, split or hooked head (LoRA, quantisation, tensor parallelism, a device map) must itself be called.
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and is_unchanged(head)
         if self.training and labels is not None and plain and return_dict and not return_logits:
             loss = projected_cross_entropy(hidden, head.weight, head.bias, labels, smoothing, num_items_in_batch)
@@ -677,6 +676,6 @@ class VanillaTransformerForConditionalGeneration(
         return result if return_dict else result.to_tuple()
 
 
-# What `generate()` computes by faster code than these modules, while their methods are those that stand here.
+# `generate()` has faster code for these modules, and uses it as long as their methods are the ones defined here.
 know(MultiHeadAttention, SinusoidalPositions, LearnedPositions, EncoderLayer, DecoderLayer, Encoder, Decoder)
 know(VanillaTransformerModel, VanillaTransformerForConditionalGeneration)

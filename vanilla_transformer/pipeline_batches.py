@@ -1,4 +1,4 @@
-"""Which sentences are translated together: the pipeline, evaluation and `vanilla-transformer translate` share this."""
+"""Batches of sentences of similar length, for the pipeline, evaluation and `vanilla-transformer translate`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,12 +7,12 @@ from transformers import PreTrainedConfig
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """
-    Yields batches of similar length, as lists of row numbers. The longest rows come first: if a batch does not fit in
-    memory, that shows at once.
+    Yields batches of similar length, as lists of row numbers. The longest rows come first, so that a
+    batch that does not fit into memory fails at once.
 
     Args:
         lengths: source tokens of each row, at least 1.
-        max_tokens: source tokens of a batch, padding included. A longer row is a batch of its own.
+        max_tokens: source tokens of a batch, padding included. A longer row becomes a batch by itself.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while order:
@@ -23,8 +23,8 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
 
 def longest_sentence(config: PreTrainedConfig) -> int | None:
     """
-    How many tokens a source may have, or None where any number will do: sinusoids go on, learned positions end. Models
-    of other kinds, which transformers loads for the same task, have no field that says so.
+    The greatest number of source tokens: the number of learned positions, or None for sinusoids, which have no limit.
+    Other models that transformers loads for this task lack the field, and also give None.
     """
     learned = getattr(config, "position_embedding_type", None) == "learned"
     return config.max_position_embeddings if learned else None

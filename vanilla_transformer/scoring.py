@@ -1,8 +1,8 @@
-"""What a model says of given translations: their probability, their alignment to the source, and which one to choose.
+"""Scores given translations, aligns them to their sources, and chooses the best of many.
 
-Alignment follows Garg et al. (2019, https://arxiv.org/abs/1909.02074), section 3; the choice among many is
-minimum-Bayes-risk decoding (Kumar and Byrne, 2004) as Eikema and Aziz (2020, https://arxiv.org/abs/2005.10283) and
-Freitag et al. (2022, https://arxiv.org/abs/2111.09388) do it for neural models. Sizes in the comments:
+Alignment follows Garg et al. (2019, https://arxiv.org/abs/1909.02074), section 3. The choice is minimum-Bayes-risk
+decoding (Kumar and Byrne, 2004) as in Eikema and Aziz (2020, https://arxiv.org/abs/2005.10283) and Freitag et al.
+(2022, https://arxiv.org/abs/2111.09388). Sizes in the comments:
 
     B sentences    S source tokens    T target tokens    N target tokens of all sentences
     H heads        d_model            V vocabulary
@@ -29,13 +29,13 @@ from .network_loss import CHUNK, IGNORE_INDEX, decoder_inputs
 @dataclass
 class TranslationScores(ModelOutput):
     """
-    What `score()` gives, in float32 or wider.
+    The output of `score()`, in float32 or wider.
 
     Attributes:
-        token_log_probs: natural logarithm of each target token's probability, 0 where there is none, `[B, T]`.
-        sequence_log_probs: their sums, the end of the sentence included, `[B]`.
-        perplexity: exp of minus their means, `[B]`.
-        tokens: number of tokens that sum and mean are over, `[B]`.
+        token_log_probs: natural logarithm of each target token's probability, 0 at padding, `[B, T]`.
+        sequence_log_probs: their sums, end of the sentence included, `[B]`.
+        perplexity: exp(-mean), `[B]`.
+        tokens: number of tokens in sum and mean, `[B]`.
     """
 
     token_log_probs: torch.Tensor | None = None
@@ -47,14 +47,14 @@ class TranslationScores(ModelOutput):
 @dataclass
 class TranslationAlignments(ModelOutput):
     """
-    What `align()` gives. Places are columns of `input_ids` and `labels`, padding counted, as in a tokenizer's
+    The output of `align()`. Positions are columns of `input_ids` and `labels`, padding included, as in a tokenizer's
     `word_ids()`.
 
     Attributes:
-        weights: how much each target token's prediction looked at each source token, `[B, T, S]`, float32 or wider. A
-            row sums to 1, end of the sentence included; rows of padding are 0.
-        pairs: for each sentence a list of `(source, target)` places, in the order of the target: the source token most
-            looked at, for each target token. Special tokens are on neither side.
+        weights: attention weight of each source token when each target token is predicted, `[B, T, S]`, float32 or
+            wider. A row sums to 1, end of the sentence included; rows of padding are 0.
+        pairs: for each sentence a list of `(source, target)` positions, in target order: for each target token the
+            source token with the largest weight. Special tokens are left out on both sides.
     """
 
     weights: torch.Tensor | None = None
@@ -65,20 +65,19 @@ def word_alignment(
     pairs: Sequence[tuple[int, int]], source_words: Sequence[int | None], target_words: Sequence[int | None]
 ) -> list[tuple[int, int]]:
     """
-    Word pairs of one sentence from its subword pairs: two words are aligned if any of their subwords are.
+    Turns the subword pairs of one sentence into word pairs: two words are aligned if any of their subwords are.
 
     Args:
-        pairs: `(source, target)` places of subwords, one sentence of `align().pairs`.
-        source_words: the number of the word that each source subword belongs to, None for special tokens: the
-            tokenizer's `word_ids()`. For words as white space separates them, encode `text.split()` with
-            `is_split_into_words=True`.
+        pairs: `(source, target)` positions of subwords, one sentence of `align().pairs`.
+        source_words: for each source subword the number of its word, None for special tokens: the tokenizer's
+            `word_ids()`. To get words separated by white space, encode `text.split()` with `is_split_into_words=True`.
         target_words: likewise.
 
     Returns:
         `(source word, target word)`, each pair once, sorted.
 
     Raises:
-        ValueError: a pair names a place that has no word number.
+        ValueError: a pair has a position beyond the word numbers.
     """
     for side, words, last in (
         ("source", source_words, max((source for source, _ in pairs), default=-1)),
@@ -94,7 +93,7 @@ def word_alignment(
 
 
 def to_pharaoh(pairs: Sequence[tuple[int, int]]) -> str:
-    """Word pairs as alignment tools write them, one sentence a line: "0-0 1-2", source first."""
+    """Word pairs in the format of alignment tools, one sentence per line: "0-0 1-2", source first."""
     return " ".join(f"{source}-{target}" for source, target in pairs)
 
 
@@ -105,28 +104,28 @@ def sentence_chrf(hypothesis: str, reference: str) -> float:
     Raises:
         ImportError: sacrebleu is not installed.
     """
-    # A copy of this file in a Hub repository is read for what it imports, and `try` says that this one may be missing.
+    # transformers checks the imports of a copy of this file on the Hub. `try` tells it that this one is optional.
     try:
         import sacrebleu
     except ImportError as error:
-        raise ImportError("chrF needs sacrebleu: `pip install sacrebleu`, or give a utility of your own") from error
+        raise ImportError("chrF needs sacrebleu: `pip install sacrebleu`, or pass your own utility") from error
     return sacrebleu.sentence_chrf(hypothesis, [reference]).score
 
 
 def minimum_bayes_risk(candidates: Sequence[str], utility: Callable[[str, str], float] | None = None) -> int:
     """
-    Chooses the candidate that is on average most like the others: the one of the highest expected utility, where the
-    candidates themselves, drawn from the model, stand for what the true translation may be (Eikema and Aziz, 2020).
+    Chooses the candidate that is most like the others on average: the one with the highest expected utility, where the
+    candidates, drawn from the model, also serve as the possible references (Eikema and Aziz, 2020).
 
-    Texts that were drawn more than once weigh more, and cost no more: `utility` is called once for each ordered pair of
-    different texts.
+    Texts that were drawn more than once have more weight at no extra cost: `utility` is called once for each ordered
+    pair of different texts.
 
     Args:
         candidates: translations of one sentence.
         utility: `utility(hypothesis, reference)`, higher is better. Default: `sentence_chrf`.
 
     Returns:
-        The place of the best in `candidates`, the first of equals.
+        The index of the best in `candidates`; of equals, the first.
 
     Raises:
         ValueError: there are no candidates.
@@ -141,7 +140,7 @@ def minimum_bayes_risk(candidates: Sequence[str], utility: Callable[[str, str], 
         # An exact sum, so that equals stay equal in whatever order they are added.
         return math.fsum(count * utility(hypothesis, reference) for reference, count in others.items())
 
-    # The texts stand in the order of their first places, and `max` takes the first of equals.
+    # The texts are in the order of their first occurrence, and `max` returns the first of equals.
     return candidates.index(max(counts, key=total_utility))
 
 
@@ -149,7 +148,7 @@ class VanillaTransformerScoringMixin(GenerationMixin):
     """
     `score()`, `align()` and `generate_minimum_bayes_risk()`.
 
-    All three run in evaluation mode and without gradients, and leave the model as they found it.
+    All three run in evaluation mode without gradients, and restore the model's mode afterwards.
     """
 
     @torch.no_grad()
@@ -157,21 +156,21 @@ class VanillaTransformerScoringMixin(GenerationMixin):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> TranslationScores:
         """
-        The probability that the model gives to these translations, without label smoothing.
+        Computes the probability that the model gives to these translations, without label smoothing.
 
         Args:
             input_ids: source tokens, `[B, S]`.
             attention_mask: 1 for source tokens, 0 for padding, `[B, S]`. Default: all but `pad_token_id`.
-            labels: target tokens, without the decoder's start and with the end of the sentence, `[B, T]`: what the
-                tokenizer makes of `text_target`, or `generate(...)[:, 1:]`. Padding, which does not count, is -100,
-                `pad_token_id` before the first and after the last token, and whatever follows the end of the sentence.
+            labels: target tokens, without the decoder's start and with the end of the sentence, `[B, T]`: the
+                tokenizer's ids of `text_target`, or `generate(...)[:, 1:]`. Ignored as padding are -100, `pad_token_id`
+                before the first and after the last token, and everything after the end of the sentence.
 
         Returns:
             `TranslationScores`, on the model's device.
 
         Raises:
-            ValueError: shapes do not fit each other, an id is outside the vocabulary, a row of `labels` holds no token,
-                or `labels` begin with the decoder's start.
+            ValueError: shapes do not match, an id is outside the vocabulary, a row of `labels` has no token, or
+                `labels` begin with the decoder's start.
         """
         with _left_as_found(self):
             outputs, labels, counted = self._decode_forced(input_ids, attention_mask, labels)
@@ -188,22 +187,22 @@ class VanillaTransformerScoringMixin(GenerationMixin):
         layer: int | None = None,
     ) -> TranslationAlignments:
         """
-        Aligns translations to their sources by the decoder's attention to the source, averaged over the heads of one
-        layer, while it predicts each token of `labels`. Works whatever the model's attention implementation.
+        Aligns translations to their sources by the cross-attention of one decoder layer, averaged over its heads, while
+        it predicts each token of `labels`. Works with every attention implementation.
 
-        The hard alignment takes the largest weight over the source tokens that are not special, as fairseq's
-        `extract_hard_alignment` does.
+        The hard alignment takes the source token with the largest weight, special tokens excluded, as in fairseq's
+        `extract_hard_alignment`.
 
         Args:
             input_ids, attention_mask, labels: as `score` takes them.
-            layer: the decoder's layer, from 0, or from the end if negative. Default: the last but one, which Garg et
-                al. (2019) found the best; the only one where there is one.
+            layer: the decoder layer, counted from 0, or from the end if negative. Default: the last but one, which Garg
+                et al. (2019) found best, or the only one.
 
         Returns:
             `TranslationAlignments`: weights `[B, T, S]` and pairs.
 
         Raises:
-            ValueError: as `score`, or there is no such layer.
+            ValueError: as in `score`, or the layer does not exist.
         """
         outputs, labels, counted = _eager_twin(self)._decode_forced(
             input_ids, attention_mask, labels, output_attentions=True
@@ -236,17 +235,17 @@ class VanillaTransformerScoringMixin(GenerationMixin):
     ) -> torch.Tensor:
         """
         Draws translations of each sentence from the model and chooses the one most like the others
-        (`minimum_bayes_risk`). `torch.manual_seed` makes it repeat itself.
+        (`minimum_bayes_risk`). Reproducible with `torch.manual_seed`.
 
         Args:
             tokenizer: turns ids into the texts that `utility` compares.
             input_ids: source tokens, `[B, S]`.
             attention_mask: 1 for source tokens, 0 for padding, `[B, S]`. Default: as in `generate`.
-            num_samples: translations to draw of each sentence. B times as many are decoded at once.
-            utility: `utility(hypothesis, reference)`, higher is better. Default: `sentence_chrf`, which takes
-                `num_samples` squared comparisons, each of 0.2 to 0.5 ms, for each sentence.
-            options: what else `generate` takes, such as `temperature`, `top_p`, `epsilon_cutoff`. Without them samples
-                are plain: `top_k` is 0, where transformers has 50.
+            num_samples: translations to draw for each sentence. B times as many are decoded at once.
+            utility: `utility(hypothesis, reference)`, higher is better. Default: `sentence_chrf`. There are up
+                to `num_samples` squared comparisons for each sentence, each of which takes chrF 0.2 to 0.5 ms.
+            options: other arguments of `generate`, such as `temperature`, `top_p`, `epsilon_cutoff`. By default samples
+                come from the whole distribution: `top_k` is 0, not 50 as in transformers.
 
         Returns:
             The chosen sequences, beginning with the decoder's start, `[B, T]`.
@@ -280,7 +279,7 @@ class VanillaTransformerScoringMixin(GenerationMixin):
         labels: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[ModelOutput, torch.Tensor, torch.Tensor]:
-        """The base model's outputs where its target is given, that target, and which of it counts, both `[B, T]`."""
+        """Runs the base model on a given target. Returns its outputs, the target, and which tokens count, `[B, T]`."""
         if labels is None:
             raise ValueError("labels is missing: give the target tokens, [B, T]")
         self._check(input_ids, attention_mask, labels)
@@ -299,23 +298,23 @@ class VanillaTransformerScoringMixin(GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        # A model spread over devices ends on another than it begins.
+        # A model spread over several devices ends on another device than it begins.
         device = outputs.last_hidden_state.device
         return outputs, labels.to(device), counted.to(device)
 
     def _target_places(self, labels: torch.Tensor) -> torch.Tensor:
-        """The tokens that count, `[B, T]`."""
+        """Which labels are target tokens and not padding, `[B, T]`."""
         start = self.config.decoder_start_token_id
         token = (labels != IGNORE_INDEX) & (labels != self.config.pad_token_id)
         begun = token.cumsum(dim=1) > 0
         unfinished = token.flip(1).cumsum(dim=1).flip(1) > 0
-        # transformers' beam search fills up with ends of sentence where the padding token is 0.
+        # transformers' beam search pads with the end of the sentence if the padding token is 0.
         end = torch.isin(labels, labels.new_tensor(self._eos_ids())).long()
         after_end = end.cumsum(dim=1) - end > 0
         counted = begun & unfinished & ~after_end & (labels != IGNORE_INDEX)
         if not counted.any(dim=1).all():
             row = counted.any(dim=1).long().argmin()
-            raise ValueError(f"labels: row {row} holds no token; even an empty translation has its end of sentence")
+            raise ValueError(f"labels: row {row} has no token; even an empty translation has its end of sentence")
         if (labels[counted & (counted.cumsum(dim=1) == 1)] == start).all() and start not in self._eos_ids():
             raise ValueError(
                 f"labels begin with decoder_start_token_id={start}: leave it out, as in generate(...)[:, 1:]"
@@ -323,7 +322,7 @@ class VanillaTransformerScoringMixin(GenerationMixin):
         return counted
 
     def _log_probs(self, hidden_states: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the labels that count, 0 elsewhere, `[B, T]`; few rows of logits exist at a time."""
+        """Log-probabilities of the counted labels, 0 elsewhere, `[B, T]`, computed in chunks of rows."""
         head = self.get_output_embeddings()
         log_probs = _widened(torch.zeros_like(labels, dtype=hidden_states.dtype))
         log_probs[counted] = torch.cat(
@@ -359,7 +358,7 @@ class VanillaTransformerScoringMixin(GenerationMixin):
         if input_ids.dim() != 2 or labels.dim() != 2 or len(input_ids) != len(labels):
             raise ValueError(
                 f"input_ids has shape {list(input_ids.shape)} and labels {list(labels.shape)}: they must be [B, S] and "
-                "[B, T], a row for each sentence"
+                "[B, T], with a row for each sentence"
             )
         if attention_mask is not None:
             refuse_other_shape("attention_mask", attention_mask, "input_ids", input_ids)
@@ -373,7 +372,7 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _left_as_found(model: Any) -> Iterator[None]:
-    """Evaluation mode inside, and after it each module in the mode that it was in."""
+    """Sets evaluation mode, and afterwards restores the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -385,8 +384,8 @@ def _left_as_found(model: Any) -> Iterator[None]:
 
 def _eager_twin(model: Any) -> Any:
     """
-    The model in evaluation mode with the attention that keeps its weights: modules and config are copies, for other
-    threads may use the model meanwhile, and the weights are the model's own.
+    A copy of the model in evaluation mode with eager attention, which returns its weights. Modules and config are
+    copied, because other threads may use the model meanwhile. The parameters are shared.
     """
     weights = itertools.chain(model.parameters(), model.buffers())
     twin = copy.deepcopy(model, {id(weight): weight for weight in weights}).eval()

@@ -1,7 +1,7 @@
-"""Learns a joint subword vocabulary and packs it as a tokenizer that `AutoTokenizer` loads.
+"""Learns a joint subword vocabulary and saves it as a tokenizer that `AutoTokenizer` loads.
 
-The units are bytes: byte-pair encoding (Sennrich et al., 2016) or a unigram model (Kudo, 2018) over the 256 byte
-values, so every text can be written and none is ever unknown. The work is done by the `tokenizers` library.
+Subwords consist of bytes: byte-pair encoding (Sennrich et al., 2016) or a unigram model (Kudo, 2018) over the 256 byte
+values. So every text can be encoded, without unknown tokens. The `tokenizers` library does the work.
 """
 
 import json
@@ -18,19 +18,19 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENIZER_MODELS = ("bpe", "unigram")
 MOST_IDS = 2**31
-# What stood between a token that a user has added and the text beside it, by the kind of normaliser: nothing where the
-# text's own spaces are kept, and a space where words are told by white space.
+# What decoding puts between a token added by the user and the text beside it, by the class of the normaliser: nothing
+# if the text's own spaces are kept, and a space if the text was split at white space.
 SEPARATORS = {normalizers.Prepend: "", type(None): " "}
 
 
 class VanillaTransformerTokenizer(PreTrainedTokenizerFast):
     """
-    A tokenizer in which text cannot write the tokens of SPECIAL_TOKENS, but can write those that a user adds: a tag for
-    a language, by `add_tokens(["<2de>"], special_tokens=True)` or `add_special_tokens`, is one token wherever it is.
+    A tokenizer that never finds SPECIAL_TOKENS in text, but does find tokens added by the user: a language tag, added
+    by `add_tokens(["<2de>"], special_tokens=True)` or `add_special_tokens`, is one token wherever it occurs.
 
-    The library `tokenizers` splits all special tokens or none (`split_special_tokens`). To it a user's are therefore
-    ordinary ones. So they are where a saved folder is loaded without this package, too, and only
-    `skip_special_tokens` then leaves them in.
+    The `tokenizers` library splits all special tokens or none (`split_special_tokens`). So this class adds a user's
+    special tokens to it as ordinary ones. If a saved folder is loaded without this package, they are ordinary too: then
+    `skip_special_tokens` does not remove them.
     """
 
     def _add_tokens(self, new_tokens: list[str] | list[AddedToken], special_tokens: bool = False) -> int:
@@ -38,7 +38,7 @@ class VanillaTransformerTokenizer(PreTrainedTokenizerFast):
         added = []
         for token in new_tokens:
             if isinstance(token, str):
-                # Text is written as it is: looked for in normalised text, a token would need a space before it.
+                # Search for the token in the original text: in normalised text it would need a space before it.
                 token = AddedToken(token, normalized=False, special=special_tokens)
             special = special_tokens or token.special
             if special and token.content not in self.all_special_tokens:
@@ -56,7 +56,7 @@ class VanillaTransformerTokenizer(PreTrainedTokenizerFast):
         separator = SEPARATORS.get(type(self._tokenizer.normalizer))
         if separator is None:
             return super()._decode([token for token in token_ids if token not in skipped], **kwargs)
-        # Each stretch of text between added tokens was encoded by itself.
+        # Text between added tokens was encoded separately.
         parts: list[str] = []
         for is_added, tokens in groupby(token_ids, added.__contains__):
             if is_added:
@@ -72,25 +72,25 @@ def train_tokenizer(
     """
     Learns subwords from both sides of the training text.
 
-    Encoding appends `</s>`; the model itself puts `<s>` before the target. Text is never normalised, and digits stand
-    alone, so that numbers are copied digit by digit. One of these special tokens that is written in a text is text.
-    Tokens that are added later, such as language tags, are one token wherever they are written.
+    Encoding appends `</s>`; the model itself puts `<s>` before the target. Text is never normalised. Each digit is a
+    token, so that numbers are copied digit by digit. A special token that occurs in a text is encoded as text. Tokens
+    that are added later, such as language tags, are one token wherever they occur.
 
     Args:
         texts: sentences of the source and the target.
-        vocab_size: number of subwords to learn, the 256 bytes and the 4 special tokens included. Fewer are found in
-            a text too small to hold so many.
+        vocab_size: number of subwords to learn, the 256 bytes and the 4 special tokens included. A small text may give
+            fewer.
         model: "bpe" or "unigram".
-        pretokenized: the words of `texts` are separated by white space, and no subword may join them. Decoding puts
-            one space between words. Otherwise decoding gives back exactly the text that was encoded.
+        pretokenized: whether the words of `texts` are separated by white space, which no subword may cross. Decoding
+            then puts one space between words. Otherwise decoding restores the text exactly.
 
     Returns:
-        A tokenizer with pad 0, bos 1, eos 2, unk 3, to be saved by `save_pretrained`.
+        A tokenizer with pad 0, bos 1, eos 2, unk 3.
 
     Raises:
         ValueError: `model` is unknown, `vocab_size` has no room for the bytes or is too large, or there is no text.
     """
-    # With nothing to learn beyond the bytes, the unigram trainer overlooks the limit.
+    # The unigram trainer ignores the limit if it has nothing to learn beyond the bytes.
     smallest = len(SPECIAL_TOKENS) + len(BYTES) + (model == "unigram")
     if model not in TOKENIZER_MODELS:
         raise ValueError(f"tokenizer model={model!r} is unknown: choose one of {', '.join(TOKENIZER_MODELS)}")
@@ -102,7 +102,7 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE() if model == "bpe" else models.Unigram())
     tokenizer.pre_tokenizer, tokenizer.decoder = _word_boundaries(pretokenized)
     if not pretokenized:
-        # A word is the same subwords at the start of a sentence as inside it: each begins with its space.
+        # Every word begins with its space, so it has the same subwords at the start of a sentence as inside.
         tokenizer.normalizer = normalizers.Prepend(" ")
     trainer_class = trainers.BpeTrainer if model == "bpe" else trainers.UnigramTrainer
     options: dict[str, Any] = {"unk_token": SPECIAL_TOKENS["unk_token"]} if model == "unigram" else {}
@@ -129,7 +129,7 @@ def train_tokenizer(
 
 
 def _word_boundaries(pretokenized: bool) -> tuple[pre_tokenizers.PreTokenizer, decoders.Decoder]:
-    """What no subword may cross, and how the bytes of subwords become text again."""
+    """The splits that no subword may cross, and the decoder that turns subwords back into text."""
     if pretokenized:
         splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
     else:
@@ -140,11 +140,11 @@ def _word_boundaries(pretokenized: bool) -> tuple[pre_tokenizers.PreTokenizer, d
 
 def _settled(tokenizer: Tokenizer) -> models.Unigram:
     """
-    The unigram model with ids and scores that depend on the text alone.
+    Makes the unigram model reproducible: ids and scores depend on the text alone.
 
-    The trainer takes bytes that it hardly met in the random order of a hash map, and scores them 0.0001 apart, upwards
-    from the lowest score: here they share that. Other scores differ in the last bits, as threads add them up: here they
-    are rounded. A special token scores so low that, written in a text, its bytes are preferred to it.
+    The trainer orders rare bytes randomly, by a hash map, and gives them scores 0.0001 apart, upwards from the lowest.
+    Here they all get the lowest score. Other scores differ in the last bits, because threads sum in any order. Here
+    they are rounded. Special tokens get such low scores that text is encoded by its bytes instead.
     """
     scores = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
     special = list(SPECIAL_TOKENS.values())

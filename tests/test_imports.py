@@ -163,7 +163,7 @@ def test_what_the_hub_copies_imports_its_siblings_by_from_dot_name_import(name):
 def test_each_file_of_the_network_stands_on_those_before_it_in_the_map():
     """docs/architecture.md has them in an order in which each imports only those before it."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\|.*\|$", page.split("## Which file stands on which")[1].split("\n## ")[0], re.MULTILINE)
+    rows = re.findall(r"^\|.*\|$", page.split("## Which file imports which")[1].split("\n## ")[0], re.MULTILINE)
     order = re.findall(r"`(\w+)`", "".join(rows[1:]))
     assert sorted(f"{name}.py" for name in order) == FLAT
     place = {f"{NETWORK}.{name}": number for number, name in enumerate(order)}

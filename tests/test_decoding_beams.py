@@ -535,7 +535,7 @@ class TestReference:
         with pytest.raises(ValueError, match="model 1 has vocab_size=67, this one has 61"):
             models("paper").generate(**source(), ensemble=[lively_model(vocab_size=67)])
         training = lively_model().train()
-        with pytest.raises(ValueError, match="model 1 must be in evaluation mode"):
+        with pytest.raises(ValueError, match=r"model 1 cannot be packed .training mode.*it must be in evaluation mode"):
             models("paper").generate(**source(), ensemble=[training])
 
 

@@ -233,7 +233,7 @@ CASES = [
     Case(pickled_weights, "model.safetensors", pickle.UnpicklingError),
     Case(plain_pickle, "model.safetensors", pickle.UnpicklingError),
     Case(pickle_called_safetensors, "header", SafetensorError),
-    Case(pickled_shard, "'shard.bin': its shards are .safetensors files", ValueError),
+    Case(pickled_shard, "'shard.bin': shards must be .safetensors files", ValueError),
     Case(shard_above, "'../stolen.safetensors': shards must be .safetensors files in the same folder", ValueError),
     Case(shard_at_a_path, "stolen.safetensors': shards must be .safetensors files in the same folder", ValueError),
     Case(index_that_is_a_list, "is not a valid shard index", ValueError),

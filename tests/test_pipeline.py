@@ -269,7 +269,7 @@ class TestTransformers4:
     @pytest.mark.parametrize(
         ("option", "message"),
         [
-            ({"return_tensors": True}, "return_tensors can only be False: call generate"),
+            ({"return_tensors": True}, "return_tensors can only be False: call the model's generate"),
             ({"return_text": False}, "return_text can only be True"),
             ({"return_type": 0}, "return_type can only be 1, text"),
             ({"stop_sequence": "."}, "stop_sequence is not supported: give its id as eos_token_id"),

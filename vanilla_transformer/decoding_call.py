@@ -267,8 +267,8 @@ def _member(model: Any, other: Any, number: int) -> Inspected:
     found = inspect_model(other)
     if found.unknown:
         raise ValueError(
-            f"ensemble: model {number} has {found.unknown}: it must be in evaluation mode, with this package's own "
-            "layers, on one device"
+            f"ensemble: model {number} cannot be packed ({found.unknown}): it must be in evaluation mode, with "
+            "this package's own layers, on one device"
         )
     return found
 

@@ -1,9 +1,9 @@
 // The network and its searches as one program, for generate(compiled=True): greedy and beam search on a CPU, in float32
 // or with products in 8 bits.
 //
-// It computes what engine_packed.py and decoding_beams.py compute, from the same weights, without a call of torch for
-// each product: in a small network those calls take longer than the products. No sum depends on how many rows are
-// computed together, so a sentence's output does not depend on its neighbours at all.
+// It computes the same as engine_packed.py and decoding_beams.py, from the same weights, without calling torch for each
+// product: in a small network those calls take longer than the products. No sum depends on the number of rows computed
+// together, so a sentence's output does not depend on the others in the batch.
 //
 // All threads run the same functions and share the work of each loop (`Team`). Sizes in the comments: d d_model, V
 // vocabulary, W beams of a sentence, K candidates. A row is a hypothesis, or in the encoder a source token.
@@ -36,7 +36,7 @@ namespace {
 
 using Index = int64_t;
 
-// Memory that begins with a cache line, so that no vector lies in two. It is not filled.
+// Uninitialised memory, aligned to a cache line so that no vector register spans two.
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
@@ -61,15 +61,15 @@ Array<T> zeros(Index size) {
 }
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNever = -1.0e9f;  // as transformers has it: the score of what must never be chosen
+constexpr float kNever = -1.0e9f;  // as in transformers: the score of what must never be chosen
 
 // ---- Threads -------------------------------------------------------------------------------------------------------
 
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
-// Where the threads of a search wait for each other. A short wait spins. A longer one sleeps: where another program keeps
-// a core busy, a thread that waits must leave its own core to the thread that works.
+// A barrier for the threads of a search. A short wait spins. A longer one sleeps: if another program keeps a core busy,
+// a waiting thread must leave its own core to a working one.
 class Meeting {
  public:
   explicit Meeting(int size) : size_(size) {}
@@ -88,7 +88,7 @@ class Meeting {
     refuse_if_abandoned();
   }
 
-  // A thread has failed: the others end too, at their next `wait`.
+  // Called when a thread has failed. The others stop at their next `wait`.
   void abandon() {
     abandoned_.store(true, std::memory_order_relaxed);
     turn_.fetch_add(1, std::memory_order_acq_rel);
@@ -102,7 +102,7 @@ class Meeting {
     if (abandoned_.load(std::memory_order_relaxed)) throw Abandoned();
   }
 
-  // Longer than threads with a core each wait for each other, and much shorter than the turn of another process.
+  // Longer than threads wait for each other if each has a core, and much shorter than another process's time slice.
   void spin(int turn) const {
     const auto end = Clock::now() + std::chrono::microseconds(50);
     do {
@@ -116,12 +116,12 @@ class Meeting {
   std::atomic<bool> abandoned_{false};
 };
 
-// One of the threads that run a function together.
+// One of the threads that run a function in parallel.
 struct Team {
   int rank, size;
   Meeting& meeting;
 
-  // This thread's part of n pieces of work.
+  // This thread's share of n pieces of work.
   std::pair<Index, Index> part(Index n) const { return {n * rank / size, n * (rank + 1) / size}; }
 
   void wait() const {
@@ -129,23 +129,24 @@ struct Team {
   }
 };
 
-// Seconds that this thread has had a core.
+// CPU time of this thread in seconds.
 double core_seconds() {
   timespec spent{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
   return double(spent.tv_sec) + 1e-9 * double(spent.tv_nsec);
 }
 
-// Runs a search in pieces of some milliseconds, each by the threads that then have cores. Where another process keeps a
-// core busy, threads that share what is left wait for each other, and are slower together than one of them alone.
+// Runs a search in pieces of some milliseconds, each with as many threads as there are free cores. If another
+// process keeps a core busy, threads that share the remaining cores wait for each other, and
+// together are slower than one alone.
 class Crew {
  public:
   explicit Crew(Index threads) : all_(std::max<Index>(1, threads)) {}
 
-  // How long a piece should last. What starts and ends it takes 0.1 ms.
+  // How long a piece should last. Starting and ending one takes 0.1 ms.
   static constexpr std::chrono::milliseconds kPiece{20};
 
-  // `run(team)` by all threads, of which the caller's is the first. Throws what the first thread that fails throws.
+  // Calls `run(team)` in all threads, the caller's being the first. Rethrows the exception of the first thread to fail.
   template <class Run>
   void together(Run run) {
     const int size = int(std::min(all_, allowed()));
@@ -181,12 +182,12 @@ class Crew {
   }
 
  private:
-  // After a second with fewer threads one more is tried.
+  // After a second with fewer threads, try one more.
   Index allowed() const {
     return limit_.load(std::memory_order_relaxed) + (Clock::now().time_since_epoch().count() > until_.load());
   }
 
-  // Threads that have a core each work for nearly all of the time; a wait between two parts of the work is short.
+  // Threads with a core each are busy nearly all the time; waits between two parts of the work are short.
   void judge(Index size, double seconds, double worked) {
     if (seconds < 0.25 * Seconds(kPiece).count()) return;
     const bool crowded = size > 1 && worked < 0.75 * double(size) * seconds;
@@ -195,14 +196,14 @@ class Crew {
   }
 
   const Index all_;
-  // For all searches of the process.
+  // Shared by all searches of the process.
   static inline std::atomic<Index> limit_{std::numeric_limits<int>::max()};
   static inline std::atomic<Clock::rep> until_{0};
 };
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
-// e^x for x <= 0 to 2e-7, as compilers can vectorise it (the polynomial of Cephes' expf). Below -87: e^-87.
+// e^x for x <= 0, to 2e-7, in a form that compilers vectorise (the polynomial of Cephes' expf). Below -87: e^-87.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer, in the last bits
@@ -232,7 +233,7 @@ float sum_of_exponentials(const float* x, Index n, float largest) {
   return sum;
 }
 
-// What follows a product. The numbers are shared with engine_compiled.py.
+// The activation after a product. The numbers must match engine_compiled.py.
 enum class Activation : Index { kNone, kRelu, kSilu, kGelu };
 
 // In place, for a panel's columns.
@@ -261,11 +262,11 @@ void activate(Activation activation, float* x) {
   }
 }
 
-// Unrolled early, the loops below leave their sums in registers.
+// Unrolled early, the loops below keep their sums in registers.
 #define UNROLL _Pragma("GCC unroll 8")
 
-// Up to kRows rows of x times a panel, which is [in, kPanel] with `panel_stride` numbers from one row to the next. The
-// sum over the inputs runs in their order, however many rows there are. b is added, if given.
+// Up to kRows rows of x times a panel: [in, kPanel] with a row stride of `panel_stride`. The inputs are summed in
+// order, for any number of rows. b is added if given.
 template <int R>
 void block(const float* x, Index x_stride, Index in, const float* panel, Index panel_stride, const float* bias,
            Activation activation, float* y, Index y_stride, Index columns) {
@@ -274,7 +275,7 @@ void block(const float* x, Index x_stride, Index in, const float* panel, Index p
     UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = bias ? *(const Vector*)(bias + v * kLanes) : Vector{};
   for (Index i = 0; i < in; ++i) {
     const Vector* w = (const Vector*)(panel + i * panel_stride);
-    if constexpr (R == 1)  // one row waits for the weights
+    if constexpr (R == 1)  // one row only waits for the weights
       UNROLL for (int v = 0; v < kVectors; ++v) __builtin_prefetch(panel + (i + 16) * panel_stride + v * kLanes);
     UNROLL for (int r = 0; r < R; ++r)
       UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] += x[r * x_stride + i] * w[v];
@@ -287,8 +288,8 @@ void block(const float* x, Index x_stride, Index in, const float* panel, Index p
   }
 }
 
-// The same in 8 bits: groups of four inputs are multiplied and added at once, in whole numbers. `offsets`, -kOffset times
-// the sums of the weights, take away what has been added to the states.
+// The same in 8 bits: four inputs at a time are multiplied and summed as integers. `offsets`, -kOffset times the sums
+// of the weights, undo the offset that was added to the states.
 template <int R>
 void block(const uint8_t* x, Index x_stride, const float* x_scales, Index in, const int8_t* panel,
            const int32_t* offsets, const float* scales, const float* bias, Activation activation, float* y,
@@ -315,14 +316,14 @@ void block(const uint8_t* x, Index x_stride, const float* x_scales, Index in, co
   }
 }
 
-// `run(std::integral_constant<int, rows>)`, for rows up to kRows.
+// Calls `run(std::integral_constant<int, rows>)`, for rows up to kRows.
 template <int R = kRows, class Run>
 void with_rows(Index rows, Run run) {
   if (rows == R) return run(std::integral_constant<int, R>{});
   if constexpr (R > 1) with_rows<R - 1>(rows, run);
 }
 
-// What products read: rows of numbers and, in int8, the same in 8 bits with a scale for each row.
+// The input of products: rows of floats and, for int8, the same rows in 8 bits with a scale each.
 class Rows {
  public:
   Rows(Index rows, Index width, bool int8)
@@ -336,7 +337,7 @@ class Rows {
   Index stride() const { return stride_; }
   bool int8() const { return int8_; }
 
-  // After a row has been written.
+  // To be called after a row has been written.
   void round(Index r) {
     if (!int8_) return;
     const float* x = row(r);
@@ -349,7 +350,7 @@ class Rows {
 #pragma omp simd
     for (Index i = 0; i < width_; ++i) {
       const float shifted = x[i] * factor + 128.5f;
-      // NaN, of weights that hold NaN or inf, is no number that could be converted.
+      // NaN (from weights that contain NaN or inf) cannot be converted to an integer.
       to[i] = uint8_t(int32_t(shifted == shifted ? shifted : 128.5f) - 128 + kOffset);
     }
   }
@@ -362,11 +363,11 @@ class Rows {
   std::vector<float> scales_;
 };
 
-// y = x W^T + b, and what follows.
+// y = activation(x W^T + b).
 class Linear {
  public:
-  // weight: [out, in]. It is laid out in panels, [out / kPanel, in, kPanel], as `block` reads it; in int8 four inputs
-  // of an output lie together.
+  // weight: [out, in]. It is stored in panels, [out / kPanel, in, kPanel], as `block` reads it. In int8, four inputs of
+  // an output are adjacent.
   Linear(const float* weight, const float* bias, Index out, Index in, Activation activation, bool int8)
       : out_(out), in_(int8 ? (in + 3) / 4 * 4 : in), panels_((out + kPanel - 1) / kPanel),
         activation_(activation), int8_(int8), bias_(zeros<float>(panels_ * kPanel)) {
@@ -433,7 +434,7 @@ class Norm {
   Norm(const float* weight, const float* bias, Index size, float eps)
       : weight_(weight, weight + size), bias_(bias, bias + size), eps_(eps) {}
 
-  // One row.
+  // Normalises one row.
   void operator()(const float* x, Index size, float* y) const {
     if (weight_.empty()) {
       std::copy(x, x + size, y);
@@ -467,7 +468,7 @@ void softmax(float* scores, Index n) {
 }
 
 // softmax(q K^T) V of one head and query (Vaswani et al., 2017, equation 1). 1 / sqrt(d_k) is part of the query.
-// key(t) points to the t-th key, whose value lies `to_value` numbers on; `weights` has room for n.
+// key(t) points to the t-th key, whose value is `to_value` floats after it; `weights` has room for n.
 template <class Key>
 void attend(const float* query, Index n, Key key, Index d_k, Index d_v, Index to_value, float* weights,
             float* context) {
@@ -495,19 +496,19 @@ struct Heads {
   Index both() const { return keys() + values(); }  // a row of a cache: the keys of all heads, then their values
 };
 
-// Rows that look at the same sentence.
+// Rows that attend to the same sentence.
 struct Group {
   Index first_row, rows, sentence;
 };
 
-// So many rows from the first one on, in groups of at most kRows.
+// Splits `rows` rows, starting at the first one, into groups of at most kRows.
 void add_groups(std::vector<Group>& groups, Index first_row, Index rows, Index sentence) {
   for (Index row = 0; row < rows; row += kRows)
     groups.push_back({first_row + row, std::min<Index>(kRows, rows - row), sentence});
 }
 
-// Keys and values of whole sentences, at which rows look in groups. The keys are laid out as panels of kPanel tokens:
-// queries times keys is then a product like any other, and so is weights times values.
+// Keys and values of whole sentences, to which groups of rows attend. The keys are stored as panels of kPanel tokens,
+// so that queries times keys, and weights times values, are products like all others.
 class Source {
  public:
   Source(const Heads& heads, const Index* starts, Index sentences) : heads_(heads), starts_(starts) {
@@ -522,8 +523,8 @@ class Source {
   Index position(Index token) const { return token - starts_[sentence(token)]; }
   Index length(Index s) const { return starts_[s + 1] - starts_[s]; }
 
-  // states: [tokens, stride], of which the first numbers are `Heads::both`. Values stay where they are, and products
-  // read up to kPanel numbers beyond them.
+  // states: [tokens, stride], whose first `Heads::both` numbers are used. Values are not copied, and products read up
+  // to kPanel numbers beyond them.
   void read(const Team& team, const float* states, Index stride) {
     if (team.rank == 0) {
       values_ = states + heads_.keys();
@@ -568,7 +569,7 @@ class Source {
 
 // ---- The network ---------------------------------------------------------------------------------------------------
 
-// Shared with engine_compiled.py.
+// Must match `Sizes` in engine_program.py.
 struct Sizes {
   Index d_model, source_vocabulary, vocabulary;
   Index encoder_layers, encoder_heads, encoder_ffn, decoder_layers, decoder_heads, decoder_ffn;
@@ -586,7 +587,7 @@ struct Sizes {
   }
 };
 
-// A matrix or vector of weights, shared with engine_compiled.py.
+// A matrix or vector of weights. Must match `Weight` in engine_program.py.
 struct Weight {
   const float* numbers;
   Index count;
@@ -608,7 +609,7 @@ struct Weights {
     const float* weight = take(out * in);
     return Linear(weight, take(out), out, in, activation, sizes.int8);
   }
-  // A missing norm, the identity, stands in the list without numbers.
+  // A missing norm (the identity) has null entries in the list.
   Norm norm() {
     const bool missing = next != end && !next->numbers;
     const float* weight = take(missing ? 0 : sizes.d_model);
@@ -676,7 +677,7 @@ struct Network {
   }
 };
 
-// The states of some rows on their way through the layers.
+// Runs some rows through the layers, and holds their states.
 class States {
  public:
   States(const Sizes& sizes, const Heads& heads, Index ffn, Index rows, Index longest, Index threads)
@@ -692,7 +693,7 @@ class States {
     x_.round(r);
   }
 
-  // Every row r looks at `length` keys, of which key(r, t) points to that of the first head. `cache` receives its own.
+  // Row r attends to `length` keys; key(r, t) points to the t-th key of the first head. Its own key goes into `cache`.
   template <class Key>
   void self_attention(const Team& team, Index rows, const Layer& layer, float* cache, Index length, Key key) {
     residual(team, rows, layer.self_norm, [&](const Rows& x) {
@@ -712,7 +713,7 @@ class States {
     });
   }
 
-  // All tokens of a sentence look at each other.
+  // All tokens of a sentence attend to each other.
   void self_attention(const Team& team, Index rows, const Layer& layer, float* cache, const std::vector<Group>& groups,
                       Source& source) {
     residual(team, rows, layer.self_norm, [&](const Rows& x) {
@@ -806,11 +807,11 @@ class States {
 
 // ---- The searches --------------------------------------------------------------------------------------------------
 
-// What is asked for, shared with engine_compiled.py.
+// The input and output of a search. Must match `Job` in engine_program.py.
 struct Job {
   Index sentences, threads;
   const Index* source;         // the ids of all source tokens, sentence after sentence, without padding
-  const Index* source_starts;  // [sentences + 1]: where each sentence begins among them
+  const Index* source_starts;  // [sentences + 1]: where each sentence begins in `source`
   const float *encoder_positions, *decoder_positions;  // [as many as there are, d]
   Index encoder_position_count, decoder_position_count;
   const Index* prefix;                          // [sentences, prefix_length]
@@ -819,19 +820,19 @@ struct Job {
   Index eos_count;
   Index beams;  // 0: greedy search
   Index early_stopping;  // 0: False; 1: True; 2: "never", where longer outputs are favoured
-  const float* length_penalties;  // [max_length]: what the log-probability of n new tokens is divided by
-  Index returned;                 // hypotheses told of each sentence
+  const float* length_penalties;  // [max_length]: the divisor of the log-probability of n new tokens
+  Index returned;                 // hypotheses returned for each sentence
   Index* sequences;               // [sentences, returned, max_length], filled with padding
   float* scores;                  // [sentences, returned]
   Index* lengths;                 // [sentences, returned]
   int32_t* lineage;               // [sentences, returned, max_length - prefix_length], filled with -1
   // Python's PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals, or null. The first two let other Python
-  // threads run during the search; the third is asked now and then, and ends the search after a Ctrl-C.
+  // threads run during the search; the third is called regularly, and ends the search after Ctrl-C.
   void* (*release_interpreter)();
   void (*take_interpreter)(void*);
   int (*check_signals)();
 
-  // Throws std::length_error or std::out_of_range: the search would read or write beside what it was given.
+  // Throws std::length_error or std::out_of_range if the search would access memory outside its buffers.
   void check(const Sizes& sizes) const {
     const auto demand = [](bool holds, const char* what) {
       if (!holds) throw std::length_error(what);
@@ -845,7 +846,7 @@ struct Job {
     demand(sentences > 0, "there are no sentences");
     demand(threads > 0, "there are no threads");
     demand(eos_count >= 0, "there are fewer than no ids that end a sentence");
-    // Rows of a step are counted in 32 bits.
+    // Row numbers have 32 bits.
     demand(beams >= 0 && beams <= std::numeric_limits<int32_t>::max() / sentences, "there are too many beams");
     demand(prefix_length > 0 && prefix_length < max_length, "the prefix leaves no room below max_length");
     demand(returned > 0 && returned <= std::max<Index>(1, beams), "more outputs are asked for than there are beams");
@@ -883,7 +884,7 @@ struct Candidate {
   Index beam, token;
 };
 
-// Puts a candidate among the best, which are in order, and drops the last; of equals the earlier stays in front.
+// Inserts a candidate into the sorted best and drops the last. Of equals, the earlier one stays in front.
 inline void insert(std::vector<Candidate>& best, const Candidate& candidate) {
   Index place = best.size() - 1;
   if (!(candidate.score > best[place].score)) return;
@@ -891,7 +892,7 @@ inline void insert(std::vector<Candidate>& best, const Candidate& candidate) {
   best[place] = candidate;
 }
 
-// A row of some step: what it continues there, and its token.
+// A row of a step: its parent and its token.
 struct Node {
   Index parent;  // row of the step before
   Index token;
@@ -900,9 +901,9 @@ struct Node {
 
 struct Finished {
   float score;
-  bool ended;      // before, the place is free
+  bool ended;      // false: the place is free
   Node node;       // its last token
-  Index position;  // where that stands
+  Index position;  // of that token
 };
 
 struct Sentence {
@@ -924,7 +925,7 @@ class Search {
     for (Index s = 0; s < job.sentences; ++s) {
       Sentence& sentence = sentences_[s];
       sentence.number = sentence.first_row = s;
-      // Only the first beam is continued at first: they are all the same.
+      // All beams are equal at first, so only the first one is continued.
       sentence.running.assign(width_, Candidate{kNever, 0, 0});
       sentence.running[0].score = 0.0f;
       const Index last = job.prefix_length - 1;
@@ -952,7 +953,7 @@ class Search {
 
   bool done() const { return active_.empty(); }
 
-  // Goes on for about as long as a piece of a crew's work. All threads stop at the same place.
+  // Runs for about as long as a piece of work should last. All threads stop at the same point.
   void run(const Team& team) {
     const auto end = Clock::now() + Crew::kPiece;
     if (!decoder_) encode(team);
@@ -990,14 +991,14 @@ class Search {
   }
 
  private:
-  // A position of the target: the rows that were computed there, and their keys and values, [layers, rows, both].
+  // A position of the target: the rows computed there, and their keys and values, [layers, rows, both].
   struct Step {
     std::vector<Node> nodes;
     Buffer cache;
     Index rows = 0;
   };
 
-  // Source tokens of all sentences as rows, then their keys and values for the decoder's layers.
+  // Encodes the source tokens of all sentences as rows, then computes their keys and values for the decoder's layers.
   void encode(const Team& team) {
     const Sizes& sizes = network_.sizes;
     const Index d = sizes.d_model, tokens = source_.tokens(), read = network_.decoder_heads.both();
@@ -1023,7 +1024,7 @@ class Search {
     team.wait();
   }
 
-  // The tokens at `position_` through the decoder's layers.
+  // Runs the tokens at `position_` through the decoder's layers.
   void decode(const Team& team) {
     Step& step = steps_[position_];
     const Index d = network_.sizes.d_model, rows = step.nodes.size(), both = network_.decoder_heads.both();
@@ -1048,7 +1049,7 @@ class Search {
     }
   }
 
-  // The best continuations of one row, by log-probability (in greedy search by logit).
+  // Finds the best continuations of one row, by log-probability (in greedy search by logit).
   void score(float* logits, std::vector<Candidate>& best) const {
     const Index vocabulary = network_.sizes.vocabulary;
     float subtract = 0.0f;
@@ -1080,7 +1081,7 @@ class Search {
     return {parent, candidate.token, int32_t(sentence.number * width_ + candidate.beam)};
   }
 
-  // Until the first choice a sentence has one row.
+  // Before the first choice each sentence has one row.
   bool is_first() const { return position_ + 1 == job_.prefix_length; }
 
   // Greedy search.
@@ -1090,7 +1091,7 @@ class Search {
     if (sentence.done) sentence.finished[0] = {0.0f, true, continued(sentence, sentence.running[0]), position_ + 1};
   }
 
-  // Beam search, as `_Beams.grow` has it, for one sentence.
+  // Beam search for one sentence, as in `_Beams.grow`.
   void grow(Sentence& sentence) const {
     std::vector<Candidate> candidates(k_, Candidate{-kInfinity, 0, 0});
     for (Index beam = 0; beam < width_; ++beam)
@@ -1114,8 +1115,8 @@ class Search {
     return std::all_of(sentence.finished.begin(), sentence.finished.end(), [](const Finished& f) { return f.ended; });
   }
 
-  // Puts candidates that end among the finished, where they are better. Those below the first W stand in for those
-  // that end; they do not end themselves.
+  // Moves candidates that end to the finished hypotheses if they are better than those. Candidates after the first W
+  // only replace those that end. They cannot end themselves.
   void finish(Sentence& sentence, const std::vector<Candidate>& candidates, const std::vector<char>& ends) const {
     const bool closed = !sentence.improvable || (job_.early_stopping == 1 && all_finished(sentence));
     for (Index k = 0; k < width_; ++k) {
@@ -1130,7 +1131,7 @@ class Search {
     }
   }
 
-  // Whether the running hypotheses can still improve the outcome, as `_Beams._judge` has it.
+  // Whether the running hypotheses can still beat the finished ones, as in `_Beams._judge`.
   void judge(Sentence& sentence, bool all_end) const {
     const bool full = all_finished(sentence);
     if (full) {
@@ -1150,7 +1151,7 @@ class Search {
     }
   }
 
-  // The next position's rows: the running hypotheses of the sentences that are not done.
+  // Makes the next position's rows: the running hypotheses of the sentences that are not done.
   void advance() {
     std::erase_if(active_, [&](Index s) { return sentences_[s].done; });
     std::vector<Node>& nodes = steps_[position_ + 1].nodes;
@@ -1174,7 +1175,7 @@ class Search {
     if (position_ >= kLag) forget(position_ - kLag);
   }
 
-  // Drops from a cache the rows that nobody descends from. Beams share most of their history.
+  // Drops the rows without a descendant from a cache. Beams share most of their history.
   void forget(Index position) {
     Step& step = steps_[position];
     const Index rows = steps_[position_].nodes.size(), both = network_.decoder_heads.both();
@@ -1214,12 +1215,12 @@ class Search {
     }
   }
 
-  static constexpr Index kLag = 16;  // positions after which most of what will die has died
+  static constexpr Index kLag = 16;  // positions after which most rows that will be dropped have no descendant
 
   const Network& network_;
   const Job& job_;
   const Index width_, k_;
-  Source source_;              // for the encoder's layers, one after the other
+  Source source_;              // for the encoder's layers, one after another
   std::vector<Source> cross_;  // for each layer of the decoder
   Index longest_ = 0;          // source
   std::vector<Group> groups_of_source_, groups_;
@@ -1227,20 +1228,20 @@ class Search {
   Buffer states_of_source_, cross_states_, logits_;
   std::vector<Sentence> sentences_;
   std::vector<Index> active_;                        // sentences that are not done
-  Index position_ = 0;                               // of the tokens that are read next
+  Index position_ = 0;                               // of the next tokens
   bool paused_ = false;
   std::vector<Step> steps_;
   std::vector<int32_t> ancestors_, next_ancestors_;  // [rows, max_length]: a row's own rows in the caches before
   std::vector<std::vector<Candidate>> best_;         // of each row
 };
 
-// ---- What Python calls ---------------------------------------------------------------------------------------------
+// ---- The interface for Python ---------------------------------------------------------------------------------------
 
-// No exception leaves the program. What went wrong is kept for the thread that asked.
+// No exception leaves the program. The error message is kept for the calling thread.
 enum Outcome : Index { kDone, kInterrupted, kNoMemory, kNoThread, kOutOfRange, kOther };
 thread_local char message[256];
 
-// Without an allocation, which might fail too.
+// Must not allocate, because that might fail too.
 void keep(const std::exception& error) { std::strncpy(message, error.what(), sizeof(message) - 1); }
 
 template <class Run>
@@ -1292,7 +1293,7 @@ Index vt_search(const void* network, const Job* job) {
 
 const char* vt_message() { return message; }
 
-// The size of each structure and where its fields lie: Python compares it with its own.
+// The size of each structure and the offsets of its fields. Python compares them with its own.
 #define FIELD(name) offsetof(Structure, name)
 const Index* vt_layout(Index which) {
   if (which == 0) {

@@ -1,9 +1,9 @@
-// The arithmetic of engine_compiled.cpp that depends on the processor: all of it is here. The compiler's
-// flags choose the instruction set (`compiler_flags` in engine_compiled.py).
+// All arithmetic of engine_compiled.cpp that depends on the processor. The compiler's flags choose the instruction set
+// (`compiler_flags` in engine_program.py).
 //
-// A product in 8 bits multiplies states and weights that are whole numbers from -127 to 127. The sum of two of their
-// products is at most 2 * 127 * 127 = 32,258 and fits into 16 bits, so that no instruction below saturates: the sums
-// are exact and the same on every processor.
+// A product in 8 bits multiplies states and weights that are integers from -127 to 127. The sum of two products is at
+// most 2 * 127 * 127 = 32,258 and fits into 16 bits, so no instruction below saturates. The sums are exact, and the
+// same on every processor.
 
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace {
 
-// A block of kRows rows and kVectors vectors of sums stays in the registers.
+// The registers hold a block of kRows rows and kVectors vectors of sums.
 #if defined(__AVX512BW__)
 constexpr int kLanes = 16, kRows = 6;
 #elif defined(__AVX2__)
@@ -32,13 +32,13 @@ constexpr int kVectors = 4, kPanel = kVectors * kLanes;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
 
-// Every instruction set has:
+// Every instruction set defines:
 //   kOffset  what is added to a state before it is stored as a byte
 //   Sums     kLanes sums of 32 bits
 //   Four     four states of one row, which are multiplied with the weights of many columns
 //   zero(), load(int32_t*), store(int32_t*, Sums)
-//   multiply_add(sums, four, weights): to each lane's sum, four products are added. `weights` has the four weights of a
-//   lane side by side.
+//   multiply_add(sums, four, weights): adds four products to each lane's sum. The four weights of a lane are adjacent
+//   in `weights`.
 #if defined(__AVX512BW__)
 
 typedef __m512i Sums;
@@ -47,7 +47,7 @@ inline Sums load(const int32_t* from) { return _mm512_loadu_si512(from); }
 inline void store(int32_t* to, Sums sums) { _mm512_storeu_si512(to, sums); }
 
 #if defined(__AVX512VNNI__)
-// The instruction multiplies bytes without a sign by bytes with one.
+// The instruction multiplies unsigned by signed bytes.
 constexpr int kOffset = 128;
 struct Four {
   __m512i states;
@@ -118,7 +118,7 @@ inline Sums multiply_add(Sums sums, const Four& x, const int8_t* weights) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return vdotq_s32(sums, x.states, w);
 #else
-  // Products of two lanes, then of the other two; pairs of neighbours are added until a lane has one sum.
+  // Products of two lanes, then of the other two. Adjacent pairs are added until each lane has one sum.
   const int16x8_t low = vmull_s8(vget_low_s8(x.states), vget_low_s8(w));
   const int16x8_t high = vmull_s8(vget_high_s8(x.states), vget_high_s8(w));
   return vaddq_s32(sums, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));

@@ -159,7 +159,7 @@ def test_a_model_in_bfloat16_keeps_its_weights(tiny_model, tmp_path):
             tokens(),
             "61 tokenizer_tokens for decoder_vocab_size=50",
         ),
-        ({}, [f"w{number}" for number in range(61)], "have no '<unk>'"),
+        ({}, [f"w{number}" for number in range(61)], "lack '<unk>'"),
     ],
 )
 def test_what_ctranslate2_has_not_is_refused_before_anything_is_written(fields, words, message, tiny_model, tmp_path):

@@ -223,7 +223,7 @@ REFUSED = {
     "one layer less": (in_section("encoder", layers=2), "holds encoder.transformer_layers.2.input_layernorm.bias"),
     "one layer more": (in_section("encoder", layers=4), "lacks the tensor encoder.transformer_layers.3.self_attn"),
     "biases": (in_section("encoder", add_ffnbias=True), "lacks the tensor encoder.transformer_layers.0.mlp.gate_up"),
-    "sizes": (in_section("decoder", transformer_ff=40), "mlp.gate_up_proj.weight has the shape [32, 16]"),
+    "sizes": (in_section("decoder", transformer_ff=40), "mlp.gate_up_proj.weight has shape [32, 16]"),
     "shared tables": (
         lambda settings: settings["model"].update(share_embeddings=True),
         "src_emb.embeddings.weight and tgt_emb.embeddings.weight differ",
@@ -261,8 +261,8 @@ def quantised(path):
     ("change", "message"),
     [
         (lying_header, "model.00.safetensors is damaged"),
-        (quantised, "generator.weight is of torch.int8: quantised weights"),
-        (lambda path: shutil.copy(path, path.with_name("model.01.safetensors")), "which another file holds too"),
+        (quantised, "generator.weight has dtype torch.int8: quantised weights"),
+        (lambda path: shutil.copy(path, path.with_name("model.01.safetensors")), "which another file also contains"),
     ],
 )
 def test_damaged_weights_are_refused(change, message, folders, tmp_path):

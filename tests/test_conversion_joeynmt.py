@@ -202,10 +202,10 @@ def change_stack(stack, **changes):
         (change_stack("decoder", activation="gelu"), "activation is 'relu' in the encoder and 'gelu'"),
         (lambda job: job["model"]["decoder"]["embeddings"].update(scale=False), "embeddings.scale differs"),
         (lambda job: job["data"]["src"].update(has_prompt=True), "data.src.has_prompt adds embeddings"),
-        (lambda job: job["data"]["trg"].update(tokenizer_cfg={"pretokenizer": "moses"}), "tokenizers have no such"),
+        (lambda job: job["data"]["trg"].update(tokenizer_cfg={"pretokenizer": "moses"}), "tokenizers do not support"),
         (change_stack("encoder", num_layers=2), "holds encoder.layers.2.feed_forward.layer_norm.bias"),
         (change_stack("encoder", num_layers=4), "lacks the tensor encoder.layers.3.src_src_att.q_layer.weight"),
-        (change_stack("decoder", ff_size=40), "feed_forward.pwff_layer.0.weight has the shape [32, 16]"),
+        (change_stack("decoder", ff_size=40), "feed_forward.pwff_layer.0.weight has shape [32, 16]"),
         (change_model(tied_softmax=True), "trg_embed.lut.weight and decoder.output_layer.weight differ"),
         (lambda job: job["data"].update(special_symbols={"bos_id": 7}), "bos_token '<s>' is not at bos_id=7"),
         (lambda job: job.pop("data"), "has no section data.src"),
@@ -238,7 +238,7 @@ def test_the_best_checkpoint_comes_before_the_last_and_a_file_may_be_named(folde
     for source in (folder, folder / "1.ckpt"):
         found = from_joeynmt(source)[0].state_dict()
         assert all(torch.equal(best[name], value) for name, value in found.items())
-    with pytest.raises(FileNotFoundError, match="holds no best"):
+    with pytest.raises(FileNotFoundError, match="has no best"):
         from_joeynmt(tmp_path)
 
 
@@ -256,6 +256,6 @@ def test_a_checkpoint_that_carries_code_is_refused_and_nothing_is_run(folders, t
     folder = shutil.copytree(folders["words, pre-norm"] / "model", tmp_path / "model")
     state = torch.load(folder / "best.ckpt", weights_only=True)
     torch.save({**state, "stats_state": Hostile(tmp_path / "made")}, folder / "best.ckpt")
-    with pytest.raises(ValueError, match="It was refused, and nothing was run"):
+    with pytest.raises(ValueError, match="It was refused, and no code was run"):
         from_joeynmt(folder)
     assert not (tmp_path / "made").exists()

@@ -147,17 +147,17 @@ def reshaped(name):
         (
             lambda state: state.update({"more": torch.zeros(2)}),
             {},
-            "holds more, for which its configuration has no place",
+            "holds more, which its configuration does not use",
         ),
-        (reshaped(f"{ENCODER}.0.linear2.weight"), {}, "linear2.weight has the shape [15, 24]"),
-        (reshaped("generator.weight"), {}, "the output projection have the shape [52, 16]"),
+        (reshaped(f"{ENCODER}.0.linear2.weight"), {}, "linear2.weight has shape [15, 24]"),
+        (reshaped("generator.weight"), {}, "the output projection have shape [52, 16]"),
         (lambda state: state.update({"source.weight": "x"}), {}, "has str where a tensor should be, at source.weight"),
         (lambda state: None, {"prefix": "net."}, "is prefix='net.' right?"),
         (lambda state: None, {"source_embedding": "src.weight"}, "lacks the tensor src.weight"),
         (
             lambda state: None,
             {"source_embedding": "generator.bias"},
-            "generator.bias has the shape [53], and is",
+            "generator.bias has shape [53], so it is",
         ),
         (
             lambda state: [state.pop(f"transformer.encoder.norm.{kind}") for kind in ("weight", "bias")],
@@ -165,7 +165,7 @@ def reshaped(name):
             "a pre-norm encoder ends in a norm",
         ),
         (lambda state: None, {"tokenizer": tokenizer(60)}, "the tokenizer has 60 tokens"),
-        (lambda state: state.clear(), {}, "holds no tensors by name"),
+        (lambda state: state.clear(), {}, "must be a dictionary of tensors"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, options, message):

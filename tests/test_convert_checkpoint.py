@@ -254,7 +254,7 @@ def test_a_pickle_that_carries_code_is_refused_and_nothing_is_run(opus, wmt, tok
     with (tmp_path / "bare.pt").open("wb") as file:
         pickle.dump(Hostile(made), file)
     for name in ("model.pt", "bare.pt"):
-        assert "It was refused, and nothing was run" in refused(
+        assert "It was refused, and no code was run" in refused(
             tmp_path / name, "--format", "torch", "--output", tmp_path / "new", *said
         )
     for kind, folder in folders.items():
@@ -319,7 +319,7 @@ def test_what_the_folder_is_is_said_before_a_library_reads_it(kind, tiny_model, 
     """Or the libraries say what they miss in settings of another form."""
     output = ["--format", kind, "--output", tmp_path / "new"]
     tiny_model().save_pretrained(tmp_path / "ours")
-    assert "ours/config.json is that of a model of this package: there is nothing to convert" in refused(
+    assert "ours/config.json describes a model of this package: there is nothing to convert" in refused(
         tmp_path / "ours", *output
     )
     T5Config(vocab_size=9).save_pretrained(tmp_path / "t5")
@@ -329,7 +329,7 @@ def test_what_the_folder_is_is_said_before_a_library_reads_it(kind, tiny_model, 
     for other, folder in (("marian", opus), ("fsmt", wmt)):
         if other != kind:
             assert f"config.json has model_type={other!r}: give --format {other}" in refused(folder, *output)
-    for text, message in (("[1]", "holds [1], where an object should be"), ("x", "is no JSON")):
+    for text, message in (("[1]", "contains [1], which is not an object"), ("x", "is not valid JSON")):
         (tmp_path / "ours" / "config.json").write_text(text)
         assert f"ours/config.json {message}" in refused(tmp_path / "ours", *output)
     assert not (tmp_path / "new").exists()
@@ -341,9 +341,9 @@ def test_a_file_and_a_folder_are_not_taken_for_each_other(kind, tmp_path):
     (tmp_path / "file").write_bytes(b"text")
     (tmp_path / "folder").mkdir()
     message = {
-        "marian": "holds no config.json, or an empty one: a folder of --format marian has config.json, vocab",
-        "fsmt": "holds no config.json, or an empty one: a folder of --format fsmt has config.json, vocab-src.json",
-        "joeynmt": "holds no best.ckpt",
+        "marian": "is missing or empty: a folder of --format marian has config.json, vocab",
+        "fsmt": "is missing or empty: a folder of --format fsmt has config.json, vocab-src.json",
+        "joeynmt": "has no best.ckpt",
         "eole": "No such file",
         "torch": "is a folder: --format torch reads one file, a state dict",
     }[kind]
@@ -376,11 +376,11 @@ def test_mistakes_on_the_command_line_end_with_one_line(opus, tokenizer, tmp_pat
     assert "there is no such file or folder" in refused(tmp_path / "none", "--format", "eole", *output)
     assert "exists: choose another" in refused(opus, "--format", "marian", "--output", tmp_path)
     (tmp_path / "empty").mkdir()
-    assert "holds no best.ckpt" in refused(tmp_path / "empty", "--format", "joeynmt", *output)
+    assert "has no best.ckpt" in refused(tmp_path / "empty", "--format", "joeynmt", *output)
     (tmp_path / "empty" / "config.json").write_text("{}")
     assert "No such file" in refused(tmp_path / "empty", "--format", "eole", *output)
     (tmp_path / "model.pt").write_bytes(b"no weights")
-    assert "or is no checkpoint" in refused(
+    assert "or is not a checkpoint" in refused(
         tmp_path / "model.pt", "--format", "torch", *output, *NAMES, "--tokenizer", tokenizer
     )
     assert "--format torch needs --heads" in refused(

@@ -1,1 +1,1 @@
-"""Models of other frameworks for us, ours for other runtimes. A module needs the library it is about, no other does."""
+"""Imports models of other frameworks, and exports ours. Each module needs only the library it is about."""

@@ -1,7 +1,7 @@
-"""What reading the checkpoints of other frameworks has in common: weights without code, by name, and vocabularies.
+"""Helpers that read the checkpoints of other frameworks: weights by name, without running code, and vocabularies.
 
-Nothing that a file holds is ever executed, and nothing is guessed: a tensor that is missing, left over, or of another
-shape than the configuration says is refused by its name.
+Nothing in a file is executed, and nothing is guessed: a tensor that is missing, unused, or of the wrong shape is an
+error that names it.
 """
 
 import json
@@ -22,20 +22,20 @@ from ..modeling_vanilla_transformer import SinusoidalPositions, VanillaTransform
 from ..tokenization_vanilla_transformer import VanillaTransformerTokenizer
 
 
-# The bias of a token that can never be predicted: its probability is exactly 0 in every floating-point type, and a
-# loss that is smoothed over the vocabulary stays finite.
+# The bias of a token that can never be predicted. Its probability is exactly 0 in every floating-point type, and a loss
+# with label smoothing stays finite.
 NEVER = -1e4
-# The score of a piece that sentencepiece does not have: every way to write a text without it is preferred.
+# The score of a piece that sentencepiece lacks: every segmentation without it is preferred.
 UNUSED = -1e4
-# Precedes a piece that only the target has, in the tokenizer's vocabulary: no text has this character, of the private
-# use area, so no source is split into such a piece. Decoding drops it.
+# In the tokenizer's vocabulary, precedes a piece that only the target has. Texts do not contain this character (private
+# use area), so no source is split into such a piece. Decoding removes it.
 TARGET_ONLY = "\ue000"
-# What transformers loads, by the `model_type` of its config.json, with the files that it needs beside weights.
+# Models of transformers, by the `model_type` in config.json, with the files that they need besides weights.
 OF_TRANSFORMERS = {
     "marian": ("config.json", "vocab.json", "source.spm", "target.spm"),
     "fsmt": ("config.json", "vocab-src.json", "vocab-tgt.json", "merges.txt"),
 }
-# Its files of JSON, and the field of config.json that is the size of a vocabulary.
+# Their JSON files, and for a vocabulary the field of config.json that holds its size.
 SETTINGS = {
     **dict.fromkeys(("config.json", "generation_config.json", "tokenizer_config.json"), ""),
     **{"vocab.json": "vocab_size", "vocab-src.json": "src_vocab_size", "vocab-tgt.json": "tgt_vocab_size"},
@@ -44,15 +44,15 @@ SETTINGS = {
 
 def refuse_other_kind(source: str | Path, kind: str) -> None:
     """
-    Looks at what is to be converted before a library reads it, whose words for what it does not know are its own.
+    Checks the source of a conversion before another library fails on it with an obscure error.
 
     Args:
-        source: what is to be converted, a file or a folder.
-        kind: what it is said to be: "marian", "fsmt", "joeynmt", "eole" or "torch".
+        source: the file or folder to convert.
+        kind: its format: "marian", "fsmt", "joeynmt", "eole" or "torch".
 
     Raises:
-        ValueError: it is a model of this package already, or a model of transformers of another kind; a file where a
-            folder is needed, or the other way round; a folder of transformers of which a file is missing or damaged.
+        ValueError: it is a model of this package already, or another kind of transformers' models; it is a file instead
+            of a folder, or the other way round; or a file of a transformers' folder is missing or damaged.
     """
     source = Path(source)
     if not source.is_dir():
@@ -67,7 +67,7 @@ def refuse_other_kind(source: str | Path, kind: str) -> None:
     for name in needed:
         if not (source / name).is_file() or not (source / name).stat().st_size:
             raise ValueError(
-                f"{source} holds no {name}, or an empty one: a folder of --format {kind} has {', '.join(needed)}"
+                f"{name} in {source} is missing or empty: a folder of --format {kind} has {', '.join(needed)}"
             )
     if kind in OF_TRANSFORMERS:
         _refuse_damaged_files(source, config)
@@ -76,25 +76,25 @@ def refuse_other_kind(source: str | Path, kind: str) -> None:
 def _refuse_other_model_type(path: Path, model_type: Any, kind: str) -> None:
     if model_type == VanillaTransformerConfig.model_type:
         raise ValueError(
-            f"{path} is that of a model of this package: there is nothing to convert. AutoModelForSeq2SeqLM and "
+            f"{path} describes a model of this package: there is nothing to convert. AutoModelForSeq2SeqLM and "
             "`vanilla-transformer translate` load the folder as it is"
         )
     if model_type in OF_TRANSFORMERS and model_type != kind:
         raise ValueError(f"{path} has model_type={model_type!r}: give --format {model_type}")
-    # Folders of other frameworks have none, and of those of transformers only a missing file tells none.
+    # Other frameworks' folders have no model_type. Those of transformers lack it only if config.json is missing.
     if model_type != kind and (model_type is not None or (kind in OF_TRANSFORMERS and path.is_file())):
         known = " and ".join(map(repr, OF_TRANSFORMERS))
         raise ValueError(f"{path} has model_type={model_type!r}: of transformers' models, {known} can be converted")
 
 
 def _refuse_damaged_files(folder: Path, config: dict[str, Any]) -> None:
-    """transformers passes over a damaged `generation_config.json`, and over an empty vocabulary of FSMT."""
+    """transformers would ignore a damaged `generation_config.json` and an empty vocabulary of FSMT."""
     for path in sorted(folder.glob("*.json")):
         if path.name in SETTINGS:
             entries = len(read_json(path))
             size = config.get(SETTINGS[path.name])
             if size is not None and not 0 < entries <= size:
-                raise ValueError(f"{path} has {entries} tokens, and config.json {SETTINGS[path.name]}={size}")
+                raise ValueError(f"{path} has {entries} tokens, but config.json has {SETTINGS[path.name]}={size}")
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -105,36 +105,36 @@ def _refuse_damaged_files(folder: Path, config: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """
-    An object.
+    Reads a JSON object.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file is not JSON, or not an object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {json.dumps(found)[:20]}, where an object should be")
+        raise ValueError(f"{path} contains {json.dumps(found)[:20]}, which is not an object")
     return found
 
 
 def read_pickle(path: str | Path) -> Any:
     """
-    What `torch.save` wrote, as long as it is tensors, numbers, strings and containers of them.
+    Reads a file of `torch.save` that contains only tensors, numbers, strings and containers of them.
 
     Raises:
-        ValueError: the file holds objects that only code could restore, or is no such file. Nothing was executed.
+        ValueError: the file contains other objects, which only code could restore, or is damaged. No code has run.
         FileNotFoundError: there is no such file.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # What torch says of this is long, and advises to allow it; one line of it may name what the file asks for.
+        # torch's message is long, and advises to allow the code. One line of it may name the object.
         asked = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
         raise ValueError(
-            f"{path} holds more than weights, which only code that came with it could restore, or is no checkpoint. It "
-            f"was refused, and nothing was run{f' ({asked[0]})' if asked else ''}"
+            f"{path} contains more than weights, which only its own code could restore, or is not a checkpoint. It was "
+            f"refused, and no code was run{f' ({asked[0]})' if asked else ''}"
         ) from None
     except (RuntimeError, EOFError, struct.error) as error:
         raise ValueError(f"{path} is damaged, or was not written by torch.save") from error
@@ -142,10 +142,10 @@ def read_pickle(path: str | Path) -> Any:
 
 def read_safetensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
     """
-    The tensors of all files.
+    Reads the tensors of all files.
 
     Raises:
-        ValueError: a file is damaged, or two hold a tensor of the same name.
+        ValueError: a file is damaged, or two files have a tensor of the same name.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
@@ -154,27 +154,27 @@ def read_safetensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         if twice := sorted(tensors.keys() & found.keys()):
-            raise ValueError(f"{path} holds the tensor {twice[0]}, which another file holds too")
+            raise ValueError(f"{path} contains the tensor {twice[0]}, which another file also contains")
         tensors |= found
     return tensors
 
 
 class Weights:
     """
-    A checkpoint's tensors, each to be taken once.
+    A checkpoint's tensors, each of which is taken once.
 
     Args:
-        tensors: what was read.
-        origin: what messages call it.
+        tensors: the content of the checkpoint.
+        origin: the name of the checkpoint in messages.
 
     Raises:
-        ValueError: these are no tensors by name.
+        ValueError: `tensors` is not a dictionary of tensors.
     """
 
     def __init__(self, tensors: Any, origin: str | Path):
         self.origin = origin
         if not isinstance(tensors, Mapping) or not tensors:
-            raise ValueError(f"{origin} holds no tensors by name, but {type(tensors).__name__}")
+            raise ValueError(f"{origin} must be a dictionary of tensors, and is {type(tensors).__name__}")
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise ValueError(f"{origin} has {type(tensor).__name__} where a tensor should be, at {name}")
@@ -184,13 +184,13 @@ class Weights:
         return name in self.tensors
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of a tensor that must be there."""
+        """The shape of a tensor. It is an error if the tensor is missing."""
         self._refuse_missing(name)
         return self.tensors[name].shape
 
     def take(self, name: str, shape: Sequence[int] | None = None) -> torch.Tensor:
         """
-        One tensor, of this shape.
+        Removes a tensor of this shape and returns it.
 
         Raises:
             ValueError: it is missing, has another shape, or was quantised.
@@ -199,11 +199,10 @@ class Weights:
         tensor = self.tensors.pop(name)
         if shape is not None and tensor.shape != torch.Size(shape):
             raise ValueError(
-                f"{self.origin}: {name} has the shape {list(tensor.shape)}, where the configuration asks for "
-                f"{list(shape)}"
+                f"{self.origin}: {name} has shape {list(tensor.shape)}, but the configuration needs {list(shape)}"
             )
         if not tensor.is_floating_point():
-            raise ValueError(f"{self.origin}: {name} is of {tensor.dtype}: quantised weights cannot be converted")
+            raise ValueError(f"{self.origin}: {name} has dtype {tensor.dtype}: quantised weights cannot be converted")
         return tensor
 
     def take_one(self, *names: str) -> torch.Tensor:
@@ -211,19 +210,19 @@ class Weights:
         A matrix that is stored under one or more of these names.
 
         Raises:
-            ValueError: it is missing, or what the names hold differs.
+            ValueError: it is missing, or the copies differ.
         """
         present = [name for name in names if name in self] or [names[0]]
         first, *others = [self.take(name) for name in present]
         for name, other in zip(present[1:], others, strict=True):
             if not torch.equal(first, other):
                 raise ValueError(
-                    f"{self.origin}: {present[0]} and {name} differ, but the configuration says that they are one"
+                    f"{self.origin}: {present[0]} and {name} differ, but the configuration says that they are shared"
                 )
         return first
 
     def count(self, pattern: str) -> int:
-        """How many layers there are, `pattern` being the name of a tensor of each, with {} for its number."""
+        """The number of layers. `pattern` is the name of a tensor in each layer, with {} for the layer's number."""
         number = 0
         while pattern.format(number) in self:
             number += 1
@@ -232,14 +231,12 @@ class Weights:
     def refuse_left_over(self) -> None:
         """
         Raises:
-            ValueError: some tensors have not been taken.
+            ValueError: some tensors were not used.
         """
         if self.tensors:
             names = sorted(self.tensors)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"{self.origin} holds {', '.join(names[:5])}{more}, for which its configuration has no place"
-            )
+            raise ValueError(f"{self.origin} holds {', '.join(names[:5])}{more}, which its configuration does not use")
 
     def _refuse_missing(self, name: str) -> None:
         if name not in self:
@@ -257,13 +254,13 @@ def copy_modules(
     Copies weights and biases of whole modules.
 
     Args:
-        model: takes them.
-        weights: gives them.
-        modules: the name of a module there, by its name here.
-        has_bias: whether a module there, by its name, has a bias. Where it has none it is 0 here.
+        model: the model to copy to.
+        weights: the checkpoint to copy from.
+        modules: for each module of the model, by name, the name of the checkpoint's module.
+        has_bias: whether the checkpoint's module of this name has a bias. If not, the model's bias becomes 0.
 
     Raises:
-        ValueError: as `Weights.take` does.
+        ValueError: as in `Weights.take`.
     """
     for ours, theirs in modules.items():
         for kind, parameter in model.get_submodule(ours).named_parameters(recurse=False):
@@ -279,9 +276,9 @@ def layer_modules(stack: str, layers: int, names: Mapping[str, str], theirs: str
 
     Args:
         stack: "encoder" or "decoder".
-        layers: how many.
-        names: the name of a module within a layer there, by its name here.
-        theirs: the name of a layer there, with {} for its number.
+        layers: number of layers.
+        names: for each module of our layer, by name, the name in the checkpoint's layer.
+        theirs: the name of a layer in the checkpoint, with {} for its number.
     """
     return {
         f"model.{stack}.layers.{number}.{inner}": f"{theirs.format(number)}.{name}"
@@ -294,16 +291,16 @@ def take_tables(
     weights: Weights, names: Sequence[str], shared: bool, tied: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The embeddings of source and target and the output projection, `[V, d_model]` each.
+    Takes the embeddings of source and target and the output projection, `[V, d_model]` each.
 
     Args:
-        weights: gives them.
-        names: of the three. What is one matrix may be stored under any of its names.
-        shared: whether source and target have one matrix.
-        tied: whether target and output have one.
+        weights: the checkpoint to take from.
+        names: their three names. A shared matrix may be stored under any of its names.
+        shared: whether source and target share a matrix.
+        tied: whether target and output share a matrix.
 
     Raises:
-        ValueError: as `Weights.take_one` does.
+        ValueError: as in `Weights.take_one`.
     """
     source, target, output = ([name] for name in names)
     if shared:
@@ -330,10 +327,10 @@ def copy_tables(
     Copies the embeddings, `[V, d_model]` for each side, and the output projection, with its bias, `[V]`, if it has one.
 
     Args:
-        joint: the vocabulary of both sides where they differ. Default: every row stays at its place.
+        joint: the joint vocabulary, if the two sides differ. Default: the order of rows does not change.
 
     Raises:
-        ValueError: a shape is not what the model's configuration asks for.
+        ValueError: a shape does not match the model's configuration.
     """
     if bias is None:
         bias = torch.zeros(len(output))
@@ -349,7 +346,7 @@ def copy_tables(
     ):
         if parameter.shape != table.shape:
             raise ValueError(
-                f"{name} have the shape {list(table.shape)}, where the configuration and the vocabulary ask for "
+                f"{name} have shape {list(table.shape)}, but the configuration and the vocabulary need "
                 f"{list(parameter.shape)}"
             )
         parameter.copy_(table)
@@ -358,27 +355,27 @@ def copy_tables(
 def refuse_other_positions(table: torch.Tensor, config: VanillaTransformerConfig, name: str) -> None:
     """
     Raises:
-        ValueError: a table of positions, `[L, d_model]`, does not hold the paper's sinusoids, up to float32's rounding.
+        ValueError: the position table, `[L, d_model]`, is not the paper's sinusoids, up to float32 rounding.
     """
     numbers = torch.arange(len(table))
     expected = SinusoidalPositions(config)(numbers[None], torch.float32)[0]
-    # The angle of position 5000, in single precision, is right to three places.
+    # In single precision the angle of position 5000 has three correct decimals.
     if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-2):
-        raise ValueError(f"{name} does not hold the sinusoids that the configuration says")
+        raise ValueError(f"{name} does not contain the sinusoids that the configuration asks for")
 
 
 class JointVocabulary(NamedTuple):
     """
-    One numbering for a source and a target vocabulary that differ: the source's, then what only the target has.
+    Joint ids for different source and target vocabularies: the source's tokens, then those that only the target has.
 
-    A tokenizer has one vocabulary, so the model gets this one for both sides, and the outputs stay what they were: in a
-    source, a token that only the target has reads the embedding of the unknown token, as the framework would have it;
-    in an output, a token that only the source has can never be predicted.
+    A tokenizer has one vocabulary, so the model gets this one for both sides. The outputs do not change: in a source, a
+    token that only the target has reads the embedding of the unknown token, as in the original framework; and a token
+    that only the source has can never be predicted.
     """
 
     tokens: list[str]
     source_rows: torch.Tensor  # [V]: the row of each token in the source's table
-    target_rows: torch.Tensor  # [V]: likewise in the target's; the unknown token's where it has none
+    target_rows: torch.Tensor  # [V]: likewise in the target's table, or the unknown token's row
     in_target: torch.Tensor  # [V]: whether the target has it
     sizes: tuple[int, int]
 
@@ -390,7 +387,7 @@ class JointVocabulary(NamedTuple):
     def refuse_other_sizes(self, source: torch.Tensor, *target: torch.Tensor) -> None:
         """
         Raises:
-            ValueError: a table has another number of rows than its vocabulary has tokens.
+            ValueError: a table does not have as many rows as its vocabulary has tokens.
         """
         for side, size, tables in (("source", self.sizes[0], [source]), ("target", self.sizes[1], target)):
             for table in tables:
@@ -404,7 +401,7 @@ def join_vocabularies(source: list[str], target: list[str], unknown: str) -> Joi
 
     Args:
         source: the token of each id. target: likewise.
-        unknown: what both call the unknown token.
+        unknown: the unknown token, which has the same name on both sides.
     """
     if source == target:
         return None
@@ -426,16 +423,16 @@ def refuse_duplicates(tokens: list[str], name: str | Path) -> None:
     """
     for token, count in Counter(tokens).items():
         if count > 1:
-            raise ValueError(f"{name} holds the token {token!r} {count} times")
+            raise ValueError(f"{name} contains the token {token!r} {count} times")
 
 
 def pack_tokenizer(tokenizer: Tokenizer, specials: Mapping[str, str], append_eos: bool) -> VanillaTransformerTokenizer:
     """
-    A tokenizer that `AutoTokenizer` loads once it is saved. A special token of `specials` that is written in a text is
+    Makes a tokenizer that `AutoTokenizer` can load. A special token of `specials` that occurs in a text is encoded as
     text.
 
     Args:
-        tokenizer: splits, and joins.
+        tokenizer: splits text into tokens, and joins them.
         specials: the tokens of "unk_token", "pad_token", "bos_token" and "eos_token".
         append_eos: whether sources end with eos.
     """
@@ -456,8 +453,8 @@ def word_tokenizer(tokens: list[str], unknown: str, joiner: str | None = None) -
 
     Args:
         tokens: the word of each id.
-        unknown: the one for all other words.
-        joiner: what ends a subword that the next one continues, such as "@@": decoding joins them.
+        unknown: the token for all other words.
+        joiner: the end of a subword that the next one continues, such as "@@". Decoding joins them.
     """
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
@@ -468,7 +465,7 @@ def word_tokenizer(tokens: list[str], unknown: str, joiner: str | None = None) -
 
 
 def character_tokenizer(tokens: list[str], unknown: str, space: str) -> Tokenizer:
-    """Looks characters up, `space` being what the vocabulary has for a space."""
+    """Looks characters up. `space` is the vocabulary's token for a space."""
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unknown))
     tokenizer.normalizer = normalizers.Replace(" ", space)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -483,14 +480,14 @@ def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[st
     Args:
         path: the `.model` file.
         tokens: the piece of each id.
-        usable: those of the source, which a text may be split into; sentencepiece calls them its vocabulary.
-        unknown: the one for all that the model has no piece for.
+        usable: the source's pieces, into which a text may be split. sentencepiece calls them its vocabulary.
+        unknown: the token for text without a piece.
 
     Raises:
-        ValueError: the file is no such model, or has what `tokenizers` has not. The message says what.
+        ValueError: the file is not such a model, or has a feature that `tokenizers` lacks. The message says which.
         ImportError: protobuf is not installed.
     """
-    # Needed here alone, and not by all who convert.
+    # Imported here, because other conversions do not need it.
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
@@ -499,7 +496,7 @@ def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[st
     try:
         spm.ParseFromString(Path(path).read_bytes())
     except DecodeError as error:
-        raise ValueError(f"{path} is no sentencepiece model: {error}") from error
+        raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
     if any(piece.type in (kinds.USER_DEFINED, kinds.BYTE) for piece in spm.pieces):
         raise ValueError(f"{path} has user-defined or byte pieces, which are not supported")
     scores = {piece.piece: piece.score for piece in spm.pieces if piece.type == kinds.NORMAL}
@@ -513,7 +510,7 @@ def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[st
         if absent := sorted(scores.keys() - allowed):
             raise ValueError(
                 f"{path} merges characters to {absent[0]!r}, which the vocabulary lacks: sentencepiece would split it "
-                "again, which tokenizers cannot"
+                "again, which `tokenizers` does not support"
             )
         order = {piece.piece: number for number, piece in enumerate(spm.pieces)}
         merges = generate_merges(order, list(scores.items()))

@@ -1,11 +1,11 @@
-"""For CTranslate2 (https://github.com/OpenNMT/CTranslate2): a model as the folder that `ctranslate2.Translator` loads.
+"""Exports a model to CTranslate2 (https://github.com/OpenNMT/CTranslate2), as a folder for `ctranslate2.Translator`.
 
     to_ctranslate2(model, tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "folder")
     translator = ctranslate2.Translator("folder")
     translator.translate_batch([tokenizer.convert_ids_to_tokens(ids)], beam_size=4, min_decoding_length=0)
 
-finds what `generate(num_beams=4, early_stopping=True)` finds, with the same scores. By default CTranslate2 lets no
-output be empty.
+gives the outputs and scores of `generate(num_beams=4, early_stopping=True)`. Without `min_decoding_length=0`,
+CTranslate2 forbids empty outputs.
 """
 
 from pathlib import Path
@@ -46,16 +46,16 @@ def to_ctranslate2(
 
     Args:
         model: on any device, in any dtype. It stays as it is.
-        tokenizer_tokens: the tokenizer's token of each id, `vocab_size` of them, "<unk>" among them.
-        folder: where to.
+        tokenizer_tokens: the tokenizer's token for each id, `vocab_size` in all, including "<unk>".
+        folder: the output folder.
         quantization: one of CTranslate2's types, such as "int8" or "bfloat16". Default: float32. A `Translator` can
             turn the weights into another type when it loads them (`compute_type`).
-        force: replace a folder that is there already.
+        force: whether to replace an existing folder.
 
     Raises:
-        ValueError: CTranslate2 has nothing for a setting of the model, or the tokens do not fit it. The message says
+        ValueError: CTranslate2 does not support a setting of the model, or the tokens do not match it. The message says
             which and why.
-        RuntimeError: the folder is there, and `force` is not set.
+        RuntimeError: the folder exists, and `force` is not set.
     """
     _refuse_what_it_has_not(model.config)
     _refuse_other_tokens(model.config, tokenizer_tokens)
@@ -78,11 +78,11 @@ def _refuse_other_tokens(config: VanillaTransformerConfig, tokens: list[str]) ->
         if len(tokens) != size:
             raise ValueError(f"there are {len(tokens)} tokenizer_tokens for {name}={size}: give one for each id")
     if UNKNOWN not in tokens:
-        raise ValueError(f"tokenizer_tokens have no {UNKNOWN!r}, which CTranslate2 reads in place of unknown tokens")
+        raise ValueError(f"tokenizer_tokens lack {UNKNOWN!r}, which CTranslate2 uses for unknown tokens")
 
 
 class _Converter(Converter):
-    """CTranslate2's own converter, told how this model is built."""
+    """CTranslate2's own converter, for our models."""
 
     def __init__(self, model: VanillaTransformerForConditionalGeneration, tokens: list[str]):
         self.model, self.tokens = model, tokens
@@ -94,7 +94,7 @@ class _Converter(Converter):
             TransformerEncoderSpec(config.encoder_layers, config.encoder_attention_heads, **norm),
             TransformerDecoderSpec(config.decoder_layers, config.decoder_attention_heads, **norm),
         )
-        # Copies, since CTranslate2 quantises what it is given in place.
+        # Copies, because CTranslate2 quantises in place.
         weights = {
             name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.model.state_dict().items()
         }
@@ -123,7 +123,7 @@ def _fill_stack(
     embeddings = spec.embeddings[0] if isinstance(spec.embeddings, list) else spec.embeddings
     embeddings.weight = weights[f"{name}.embed_tokens.weight"]
     spec.scale_embeddings = stack.embed_scale
-    # Its own sinusoids have all sines before all cosines, where ours take turns, so they are given as a table.
+    # CTranslate2's sinusoids have all sines before all cosines, but ours are interleaved, so write them as a table.
     numbers = torch.arange(stack.config.max_position_embeddings, device=stack.device)[None]
     spec.position_encodings.encodings = stack.embed_positions(numbers, torch.float32)[0].detach().cpu()
     if stack.config.normalize_before:
@@ -139,7 +139,7 @@ def _fill_stack(
 
 
 def _fill_attention(spec: MultiHeadAttentionSpec, name: str, weights: dict[str, torch.Tensor]) -> None:
-    """Projections of the same states are one matrix there: all three in self-attention, those of key and value else."""
+    """Fuses projections of the same states: all three in self-attention, key and value in cross-attention."""
     query, key, value = LinearSpec(), LinearSpec(), LinearSpec()
     for letter, projection in (("q", query), ("k", key), ("v", value)):
         _fill(projection, f"{name}.{letter}_proj", weights)
@@ -151,7 +151,7 @@ def _fill_attention(spec: MultiHeadAttentionSpec, name: str, weights: dict[str, 
 
 
 def _fill(spec: LinearSpec | LayerNormSpec, name: str, weights: dict[str, torch.Tensor]) -> None:
-    """A projection, or a norm, whose weight and bias are gamma and beta there."""
+    """Fills a projection or a norm. A norm's weight and bias are called gamma and beta."""
     weight, bias = ("gamma", "beta") if isinstance(spec, LayerNormSpec) else ("weight", "bias")
     setattr(spec, weight, weights[f"{name}.weight"])
     setattr(spec, bias, weights[f"{name}.bias"])

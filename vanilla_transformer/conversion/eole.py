@@ -1,9 +1,9 @@
-"""From Eole (https://github.com/eole-nlp/eole): a model's folder, with `config.json`, `vocab.json` and safetensors.
+"""Imports a model of Eole (https://github.com/eole-nlp/eole), with `config.json`, `vocab.json`, safetensors.
 
     model, tokenizer = from_eole("wmt17_en_de/step_100000")
 
-Eole builds many architectures. What can be converted is its encoder-decoder `transformer` in its default form: layers
-that normalise before their sub-layers, LayerNorm, absolute positions, plain attention and feed-forward networks.
+Of Eole's many architectures, the encoder-decoder `transformer` in its default form can be converted: pre-norm layers,
+LayerNorm, absolute positions, plain attention and feed-forward networks.
 """
 
 import math
@@ -57,7 +57,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
-# What each field has to be, for this package has nothing else; the first is Eole's own default.
+# The values of each field that this package supports. The first is Eole's own default.
 ONLY: dict[str, tuple] = {
     "encoder_type": ("transformer",),
     "decoder_type": ("transformer",),
@@ -95,16 +95,16 @@ IDLE_TRANSFORMS = {"filtertoolong", "filtertooshort", "clean", "bart", "switchou
 
 def from_eole(folder: str | Path) -> tuple[VanillaTransformerForConditionalGeneration, PreTrainedTokenizerFast]:
     """
-    A model with the outputs of an Eole Transformer, and its tokenizer.
+    Makes a model with the outputs of an Eole Transformer, and its tokenizer.
 
-    Eole's sources end without an end-of-sentence token, so the tokenizer appends none. Where source and target have
-    different vocabularies the model has one that holds both, source first: see `JointVocabulary`. With sinusoids in
-    another order than the paper's (SinusoidalConcat), and with learned positions, texts are limited to Eole's table.
-    The way to decode is the paper's, with Eole's `beam_size`, `length_penalty` and `alpha` where the folder holds them.
+    Eole's sources have no end-of-sentence token, so the tokenizer appends none. If source and target have different
+    vocabularies, the model has one that contains both, source first: see `JointVocabulary`. With sinusoids in another
+    order than the paper's (SinusoidalConcat), and with learned positions, texts are limited to Eole's table. Decoding
+    uses the paper's defaults, and Eole's `beam_size`, `length_penalty` and `alpha` if the folder has them.
 
     Raises:
-        ValueError: the folder does not fit its configuration, or the configuration has what this package has not. The
-            message says what and why.
+        ValueError: the weights do not match the configuration, or this package does not support it. The message says
+            what and why.
         FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
@@ -112,7 +112,7 @@ def from_eole(folder: str | Path) -> tuple[VanillaTransformerForConditionalGener
     vocabulary = read_json(folder / "vocab.json")
     model_settings = settings.get("model")
     if not isinstance(model_settings, dict) or model_settings.get("architecture") != "transformer":
-        raise ValueError(f"{folder / 'config.json'} is not of an Eole model of architecture 'transformer'")
+        raise ValueError(f"{folder / 'config.json'} does not describe an Eole model of architecture 'transformer'")
     tokens = {side: vocabulary[side] for side in ("src", "tgt")}
     for side, names in tokens.items():
         refuse_duplicates(names, f"{folder / 'vocab.json'}: {side}")
@@ -138,12 +138,12 @@ def from_eole(folder: str | Path) -> tuple[VanillaTransformerForConditionalGener
 def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("model.*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no model.00.safetensors, and is no folder of an Eole model")
+        raise FileNotFoundError(f"{folder} has no model.00.safetensors, so it is not the folder of an Eole model")
     return files
 
 
 def _field(settings: dict[str, Any], section: str, name: str, default: Any) -> Any:
-    """A field of encoder, decoder or embeddings, which the model's own stands in for."""
+    """A field of encoder, decoder or embeddings. If it is missing there, the model's own field applies."""
     inner = settings.get(section) or {}
     return inner[name] if name in inner else settings.get(name, default)
 
@@ -156,7 +156,7 @@ def _config(
             found = _field(settings, section, name, values[0])
             if found not in values:
                 raise ValueError(
-                    f"model.{section} has {name}={found!r}, where this package has only {', '.join(map(repr, values))}"
+                    f"model.{section} has {name}={found!r}, but only {', '.join(map(repr, values))} can be converted"
                 )
     stacks = {
         stack: {name: _field(settings, stack, name, default) for name, default in SIZES.items()}
@@ -188,7 +188,7 @@ def _config(
         normalize_before=True,
         layer_norm_eps=encoder["norm_eps"],
         position_embedding_type="sinusoidal" if kind == "SinusoidalInterleaved" else "learned",
-        # Its sinusoids come with the scale; learned positions have it only where `normalize` says so.
+        # Eole scales embeddings with sinusoids always, with learned positions only if `normalize` is set.
         scale_embedding=kind != "Learned" or _field(settings, "embeddings", "normalize", False),
         share_encoder_decoder_embeddings=settings.get("share_embeddings", False),
         tie_word_embeddings=settings.get("share_decoder_embeddings", False),
@@ -205,7 +205,7 @@ def _positions(settings: dict[str, Any]) -> str:
 
 
 def _shift(settings: dict[str, Any]) -> int:
-    """By how many rows learned positions begin later."""
+    """The first row of the learned positions that is used."""
     return _field(settings, "embeddings", "position_shift", 0) if _positions(settings) == "Learned" else 0
 
 
@@ -222,7 +222,7 @@ def _copy(
         copy_modules(model, weights, modules, partial(_has_bias, settings, stack, weights))
         _copy_positions(model, weights, settings, stack)
     for number in range(config.decoder_layers):
-        # Saved with each layer, and only read by decoders without an encoder.
+        # Saved with each layer, but used only by decoders without an encoder.
         weights.tensors.pop(f"decoder.transformer_layers.{number}.layer_scalar", None)
     names = ("src_emb.embeddings.weight", "tgt_emb.embeddings.weight", "generator.weight")
     tables = take_tables(weights, names, config.share_encoder_decoder_embeddings, config.tie_word_embeddings)
@@ -240,7 +240,7 @@ def _has_bias(settings: dict[str, Any], stack: str, weights: Weights, module: st
     if kind in ("linear_query", "linear_values"):
         return queries
     if kind == "final_linear":
-        # Where the configuration is silent, Eole's trainer and its predictor disagree.
+        # If the configuration lacks the field, Eole's trainer and its predictor disagree.
         return _field(settings, stack, "add_final_linear_bias", f"{module}.bias" in weights)
     if kind in ("gate_up_proj", "down_proj"):
         return _field(settings, stack, "add_ffnbias", False)
@@ -265,7 +265,7 @@ def _copy_positions(
     parameter = model.get_parameter(f"model.{stack}.embed_positions.weight")
     if parameter.shape != table.shape:
         raise ValueError(
-            f"{weights.origin}: {side} has positions of the shape {list(table.shape)}, not {list(parameter.shape)}"
+            f"{weights.origin}: {side} has positions of shape {list(table.shape)}, not {list(parameter.shape)}"
         )
     parameter.copy_(table)
 
@@ -273,7 +273,7 @@ def _copy_positions(
 def _tokenizer(
     settings: dict[str, Any], folder: Path, source: list[str], tokens: list[str], specials: dict[str, str]
 ) -> PreTrainedTokenizerFast:
-    """Splits as the source's transform does, and joins as the target's."""
+    """Splits text like the source's transform, and joins it like the target's."""
     unknown = specials["unk_token"]
     transforms = [name for name in settings.get("transforms") or [] if name not in IDLE_TRANSFORMS]
     options = (settings.get("transforms_configs") or {}).get(transforms[0], {}) if transforms else {}
@@ -287,8 +287,8 @@ def _tokenizer(
         tokenizer = word_tokenizer(tokens, unknown, joiner="@@")
     else:
         raise ValueError(
-            f"transforms {transforms}: of the transforms of text, only sentencepiece alone, or bpe alone, has a "
-            "counterpart among transformers' tokenizers"
+            f"transforms {transforms}: transformers' tokenizers support only one of sentencepiece and bpe, "
+            "without other transforms of text"
         )
     return pack_tokenizer(tokenizer, specials, append_eos=False)
 

@@ -1,11 +1,11 @@
-"""For `torch.export` (https://docs.pytorch.org/docs/stable/export.html): the network as two programs without our code.
+"""Exports a model with `torch.export` (https://docs.pytorch.org/docs/stable/export.html), as two programs.
 
     to_torch_export(model, "folder")
     encoder, decoder = (torch.export.load(f"folder/{name}.pt2").module() for name in ("encoder", "decoder"))
 
-The encoder reads the source once, and also makes the keys and values that each decoder layer attends to. The decoder
-reads target tokens after those that it has read before, whose keys and values are passed in and come out grown. These
-two programs are also what conversion/onnx.py translates. Sizes:
+The programs run without this package. The encoder reads the source once, and also computes the keys and values for each
+decoder layer's cross-attention. The decoder reads the next target tokens. It takes keys and values of earlier tokens,
+and returns those of all tokens. conversion/onnx.py converts these two programs to ONNX. Sizes:
 
     B sentences    S source tokens    T target tokens, at least one    P target tokens read before, at first none
     N decoder layers    H decoder heads    d_k, d_v widths of a head's keys and values    V vocabulary
@@ -29,9 +29,9 @@ CROSS, PAST = {1: "batch", 3: "source"}, {1: "batch", 3: "past"}
 
 
 class EncoderProgram(nn.Module):
-    """The encoder, and of each decoder layer the keys and values of its attention to the source."""
+    """The encoder, and the keys and values of each decoder layer's cross-attention."""
 
-    # the sizes of each input that may differ from call to call, by axis
+    # the axes of each input whose sizes may differ from call to call
     INPUTS = {"input_ids": TEXT, "attention_mask": TEXT}
     OUTPUTS = ("encoder_hidden_states", "cross_keys", "cross_values")
 
@@ -53,7 +53,7 @@ class EncoderProgram(nn.Module):
 
 
 class DecoderProgram(nn.Module):
-    """The decoder and the output projection, for the target tokens after those whose keys and values are given."""
+    """The decoder and the output projection, for the tokens after those whose keys and values are given."""
 
     INPUTS = {
         "decoder_input_ids": TARGET,
@@ -81,8 +81,8 @@ class DecoderProgram(nn.Module):
         Args:
             decoder_input_ids: `[B, T]`, at first beginning with `decoder_start_token_id`.
             attention_mask: the source's, `[B, S]`.
-            cross_keys, cross_values: as the encoder gave them, `[N, B, H, S, d]`.
-            past_keys, past_values: as the call before gave them, `[N, B, H, P, d]`; at first P is 0.
+            cross_keys, cross_values: from the encoder, `[N, B, H, S, d]`.
+            past_keys, past_values: from the previous call, `[N, B, H, P, d]`; at first P is 0.
 
         Returns:
             Logits `[B, T, V]`, and keys and values of all target tokens so far, `[N, B, H, P + T, d]`.
@@ -90,7 +90,7 @@ class DecoderProgram(nn.Module):
         target = _cache_of(past_keys, past_values)
         output = self.decoder(
             decoder_input_ids,
-            # Of the encoder's states only the length is read when their keys and values are known.
+            # Keys and values are cached, so only the length of the encoder's states matters.
             encoder_hidden_states=cross_keys[0].transpose(1, 2).flatten(2),  # [B, S, H * d_k]
             encoder_attention_mask=attention_mask,
             past_key_values=EncoderDecoderCache(target, _cache_of(cross_keys, cross_values)),
@@ -110,15 +110,15 @@ def _cache_of(keys: torch.Tensor, values: torch.Tensor) -> DynamicCache:
 
 def export_programs(model: VanillaTransformerForConditionalGeneration) -> tuple[ExportedProgram, ExportedProgram]:
     """
-    The encoder's and the decoder's program, in float32, on the CPU.
+    Exports encoder and decoder, in float32, on the CPU.
 
     Args:
-        model: on any device, in any dtype. It stays as it is.
+        model: on any device, in any dtype. It is not changed.
     """
     model = copy.deepcopy(model).float().cpu().eval()
     model.set_attn_implementation("eager")
     encoder, decoder = EncoderProgram(model), DecoderProgram(model)
-    # The sizes of the example are its own: a size of 0 or 1, or one that two inputs share, would be taken for a rule.
+    # All sizes of the example differ: torch.export would treat a size of 0 or 1, or two equal sizes, as fixed.
     ids, target = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
     mask = torch.ones_like(ids)
     with torch.no_grad():
@@ -135,11 +135,11 @@ def _export(program: EncoderProgram | DecoderProgram, *example: torch.Tensor) ->
 
 def to_torch_export(model: VanillaTransformerForConditionalGeneration, folder: str | Path) -> None:
     """
-    Writes `encoder.pt2` and `decoder.pt2`, for `torch.export.load`, into a folder, which is made if need be.
+    Writes `encoder.pt2` and `decoder.pt2`, for `torch.export.load`, into a folder.
 
     Args:
-        model: on any device, in any dtype. It stays as it is.
-        folder: where to. Files of these names are replaced.
+        model: on any device, in any dtype. It is not changed.
+        folder: the output folder, which is created if necessary. Files of these names are replaced.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

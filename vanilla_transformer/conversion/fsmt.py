@@ -1,10 +1,10 @@
-"""From transformers' own `FSMTForConditionalGeneration`, fairseq's Transformers of WMT19.
+"""Imports transformers' own `FSMTForConditionalGeneration`, fairseq's Transformers of WMT19.
 
     model = from_fsmt(FSMTForConditionalGeneration.from_pretrained("wmt19-en-de-folder"))
 
-A post-norm Transformer with the parameters' names that this package has too, and other sinusoids: fairseq's wavelengths
-are stretched, so that the last one is 2 pi * 10000 exactly, and the first position is the padding token's id plus one.
-No order of the d_model axis makes them the paper's, so their table becomes one of learned positions.
+It is a post-norm Transformer with the same parameter names as ours, but other sinusoids: fairseq stretches the
+wavelengths so that the last one is exactly 2 pi * 10000, and the first position is the padding token's id plus one. No
+permutation of the d_model axis turns them into the paper's, so their table becomes one of learned positions.
 """
 
 import copy
@@ -27,14 +27,14 @@ LAYER_NORM_EPS = 1e-5
 
 def from_fsmt(model: FSMTForConditionalGeneration) -> VanillaTransformerForConditionalGeneration:
     """
-    The network of this package with the outputs of an FSMT model.
+    Makes a model of this package with the outputs of an FSMT model.
 
-    The way to decode comes along. Source and output are limited to `max_position_embeddings` tokens, where FSMT goes on
-    with more sinusoids; and a padding token within a target is a token like others here, which FSMT masks. What only
-    matters in training, `encoder_layerdrop` and `decoder_layerdrop`, is dropped.
+    The generation config is copied. Two things differ: source and output are limited to `max_position_embeddings`
+    tokens, where FSMT would compute more sinusoids; and a padding token within a target is an ordinary token, which
+    FSMT masks. `encoder_layerdrop` and `decoder_layerdrop`, which only matter in training, are ignored.
 
     Args:
-        model: on any device, in any dtype, which the result shares. It stays as it is.
+        model: on any device, in any dtype; the result has the same. It is not changed.
     """
     config = model.config
     ours = VanillaTransformerForConditionalGeneration(

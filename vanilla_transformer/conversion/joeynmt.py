@@ -1,4 +1,4 @@
-"""From JoeyNMT (https://github.com/joeynmt/joeynmt): the folder of a run, or one of its checkpoints.
+"""Imports a model of JoeyNMT (https://github.com/joeynmt/joeynmt): the folder of a run, or one of its checkpoints.
 
     model, tokenizer = from_joeynmt("models/wmt14_ende")
 
@@ -53,7 +53,7 @@ LAYER_NAMES = {
         "final_layer_norm": "feed_forward.layer_norm",
     },
 }
-# What the constructors of its stacks take where config.yaml is silent.
+# JoeyNMT's defaults for fields that config.yaml lacks.
 DEFAULTS = {
     "encoder": {"type": "recurrent", "hidden_size": 512, "ff_size": 2048, "num_layers": 8, "num_heads": 4},
     "decoder": {"type": "transformer", "hidden_size": 512, "ff_size": 2048, "num_layers": 4, "num_heads": 8},
@@ -66,19 +66,19 @@ SPACE = "\u2581"
 
 def from_joeynmt(source: str | Path) -> tuple[VanillaTransformerForConditionalGeneration, PreTrainedTokenizerFast]:
     """
-    A model with the outputs of a JoeyNMT Transformer, and its tokenizer.
+    Makes a model with the outputs of a JoeyNMT Transformer, and its tokenizer.
 
-    Where source and target have different vocabularies the model has one that holds both, source first: see
-    `JointVocabulary`. The way to decode comes along: `beam_size`, `beam_alpha`, `generate_unk`, `max_output_length`, no
-    empty outputs, and no start token, separator or language tag in them. `no_repeat_ngram_size` and
-    `repetition_penalty` do not, since they look at the source there.
+    If source and target have different vocabularies, the model has one that contains both, source first: see
+    `JointVocabulary`. These decoding settings are kept: `beam_size`, `beam_alpha`, `generate_unk`, `max_output_length`,
+    no empty outputs, and no start token, separator or language tag in them. `no_repeat_ngram_size` and
+    `repetition_penalty` are not, because JoeyNMT also applies them to the source.
 
     Args:
-        source: the run's folder, whose `best.ckpt` is read, or else the last one; or a checkpoint in it.
+        source: the run's folder, from which `best.ckpt` or else the last checkpoint is read; or a checkpoint in it.
 
     Raises:
-        ValueError: the checkpoint holds more than weights or does not fit its configuration, or the configuration has
-            what this package has not. The message says what and why.
+        ValueError: the checkpoint contains more than weights or does not match its configuration, or this package does
+            not support the configuration. The message says what and why.
         FileNotFoundError: a file is missing.
     """
     checkpoint = _checkpoint(Path(source))
@@ -93,7 +93,7 @@ def from_joeynmt(source: str | Path) -> tuple[VanillaTransformerForConditionalGe
     tokenizer = _tokenizer(settings["data"], folder, vocabularies[0], joint, specials)
     state = read_pickle(checkpoint)
     if not isinstance(state, dict) or "model_state" not in state:
-        raise ValueError(f"{checkpoint} has no model_state, and is no checkpoint of JoeyNMT")
+        raise ValueError(f"{checkpoint} has no model_state, so it is not a checkpoint of JoeyNMT")
     model = VanillaTransformerForConditionalGeneration(config)
     _copy(model, Weights(state["model_state"], checkpoint), settings["model"], joint)
     _set_decoding(model, settings, specials, vocabularies[0] if joint is None else joint.tokens)
@@ -107,7 +107,7 @@ def _checkpoint(source: Path) -> Path:
         return source / "best.ckpt"
     steps = sorted((path for path in source.glob("*.ckpt") if path.stem.isdigit()), key=lambda path: int(path.stem))
     if not steps:
-        raise FileNotFoundError(f"{source} holds no best.ckpt, and no other checkpoint of JoeyNMT")
+        raise FileNotFoundError(f"{source} has no best.ckpt, and no other checkpoint of JoeyNMT")
     return steps[-1]
 
 
@@ -115,7 +115,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no plain YAML: {error}") from error
+        raise ValueError(f"{path} is not plain YAML: {error}") from error
     for place in (
         ("model", "encoder", "embeddings"),
         ("model", "decoder", "embeddings"),
@@ -126,12 +126,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
         for name in place:
             inner = inner.get(name) if isinstance(inner, dict) else None
         if not isinstance(inner, dict):
-            raise ValueError(f"{path} has no section {'.'.join(place)}, and is no configuration of JoeyNMT")
+            raise ValueError(f"{path} has no section {'.'.join(place)}, so it is not a configuration of JoeyNMT")
     return settings
 
 
 def _specials(symbols: dict[str, Any]) -> dict[str, Any]:
-    """The id and the token of each special token, and other tokens that are never to be generated."""
+    """The id and the text of each special token, and other tokens that must never be generated."""
     found: dict[str, Any] = {
         name: (symbols.get(f"{name}_id", number), symbols.get(f"{name}_token", token))
         for name, (number, token) in SPECIALS.items()
@@ -142,7 +142,7 @@ def _specials(symbols: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_vocabulary(path: Path, specials: dict[str, Any]) -> list[str]:
-    """As its `Vocabulary` numbers the tokens: special ones first, each once."""
+    """Numbers the tokens as JoeyNMT's `Vocabulary` does: special ones first, each once."""
     tokens = path.read_text(encoding="utf-8").splitlines()
     first = [specials[name][1] for name in SPECIALS] + specials["others"]
     tokens = list(dict.fromkeys([*first, *tokens]))
@@ -156,7 +156,7 @@ def _read_vocabulary(path: Path, specials: dict[str, Any]) -> list[str]:
 def _config(model: dict[str, Any], specials: dict[str, Any], vocab_size: int) -> VanillaTransformerConfig:
     stacks = {stack: {**DEFAULTS[stack], **model[stack]} for stack in ("encoder", "decoder")}
     for stack, settings in stacks.items():
-        _refuse_what_we_have_not(stack, settings)
+        _refuse_unsupported(stack, settings)
     if model.get("initializer") == "xavier_normal":
         raise ValueError(
             "initializer: xavier_normal weights the residual connections (DeepNet), which is not supported"
@@ -201,7 +201,7 @@ def _config(model: dict[str, Any], specials: dict[str, Any], vocab_size: int) ->
     )
 
 
-def _refuse_what_we_have_not(stack: str, settings: dict[str, Any]) -> None:
+def _refuse_unsupported(stack: str, settings: dict[str, Any]) -> None:
     if settings["type"] != "transformer":
         raise ValueError(f"model.{stack}.type is {settings['type']!r}: only transformer can be converted")
     if settings.get("alpha", 1.0) != 1.0:
@@ -246,13 +246,13 @@ def _tokenizer(
     joint: JointVocabulary | None,
     specials: dict[str, Any],
 ) -> PreTrainedTokenizerFast:
-    """Splits as the source's tokenizer does, and joins as the target's."""
+    """Splits text like the source's tokenizer, and joins it like the target's."""
     sides = {side: data[side] for side in ("src", "trg")}
     for side, settings in sides.items():
         if settings.get("has_prompt", False):
             raise ValueError(f"data.{side}.has_prompt adds embeddings to those of a prompt, which is not supported")
         if (settings.get("tokenizer_cfg") or {}).get("pretokenizer", "none") != "none":
-            raise ValueError(f"data.{side}.tokenizer_cfg.pretokenizer: transformers' tokenizers have no such thing")
+            raise ValueError(f"data.{side}.tokenizer_cfg.pretokenizer: transformers' tokenizers do not support it")
     tokens, unknown = source if joint is None else joint.tokens, specials["unk"][1]
     tokenizer, joining = (_splitter(sides[side], folder, tokens, source, unknown) for side in ("src", "trg"))
     tokenizer.normalizer = _chain(normalizers, _before(sides["src"]), tokenizer.normalizer)
@@ -281,7 +281,7 @@ SPACED = (" ?", " !", " ,", " .", " :")
 
 
 def _before(settings: dict[str, Any]) -> list[normalizers.Normalizer]:
-    """Its `pre_process`."""
+    """JoeyNMT's `pre_process`."""
     steps: list[normalizers.Normalizer] = []
     if settings.get("normalize", False):
         steps += [normalizers.NFKC(), *(normalizers.Replace(old, new) for old, new in REPLACED.items())]
@@ -293,7 +293,7 @@ def _before(settings: dict[str, Any]) -> list[normalizers.Normalizer]:
 
 
 def _after(settings: dict[str, Any]) -> list[decoders.Decoder]:
-    """What its `post_process` does to the text that was joined."""
+    """What JoeyNMT's `post_process` does to the joined text."""
     if not settings.get("normalize", False):
         return []
     steps: list[decoders.Decoder] = [decoders.Fuse(), decoders.Replace("\u200b", "")]

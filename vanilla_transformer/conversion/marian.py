@@ -1,13 +1,13 @@
-"""transformers' own `MarianMTModel`, in both directions: OPUS-MT's models for us, and ours for who has not our package.
+"""Converts from and to transformers' own `MarianMTModel`: imports OPUS-MT, and exports to users without our package.
 
     model = from_marian(MarianMTModel.from_pretrained("opus-mt-folder"))
     to_marian(model).save_pretrained("folder")
 
-Both are post-norm Transformers with the paper's sinusoids, but Marian has all sines before all cosines where the paper
-has them by turns. Nothing in the network depends on the order of the d_model axis as long as all agree on it, so every
-matrix that reads or writes this axis is reordered, and the outputs stay what they were.
+Both are post-norm Transformers with the paper's sinusoids, but Marian has all sines before all cosines, where the paper
+interleaves them. Nothing in the network depends on the order of the d_model axis as long as all matrices agree on it.
+So every matrix that reads or writes this axis is reordered, and the outputs do not change.
 
-Sentences padded on the left are the exception: their positions count columns in Marian, and tokens here.
+Sentences padded on the left are the exception: Marian's positions count columns, ours count tokens.
 """
 
 import copy
@@ -26,29 +26,30 @@ FIELDS = """
     max_position_embeddings pad_token_id bos_token_id eos_token_id decoder_start_token_id
 """.split()  # noqa: SIM905 -- a list of nineteen strings takes nineteen lines
 LAYER_NORM_EPS = 1e-5
-# Which of a parameter's axes has one entry for each unit of d_model.
+# Parameters whose second (READS) or first (WRITES) axis is d_model.
 READS = tuple(f"{name}.weight" for name in ("shared", "embed_tokens", "q_proj", "k_proj", "v_proj", "fc1", "lm_head"))
 WRITES = tuple(f"{name}.{kind}" for name in ("out_proj", "fc2", "layer_norm") for kind in ("weight", "bias"))
 
 
 def from_marian(model: MarianMTModel) -> VanillaTransformerForConditionalGeneration:
     """
-    The network of this package with the outputs of a `MarianMTModel`, such as those of OPUS-MT.
+    Makes a model of this package with the outputs of a `MarianMTModel`, such as those of OPUS-MT.
 
-    `generate()` does the same too: the way to decode comes along, with the padding token as the decoder's first input,
-    and the ban on it in outputs (`bad_words_ids`), where the model has them. What only matters in training does not:
-    `encoder_layerdrop` and `decoder_layerdrop` are dropped, and the trained bias starts from Marian's constant one.
+    `generate()` gives the same outputs too: the generation config is copied, with the padding token as the decoder's
+    first input, and the ban on it in outputs (`bad_words_ids`), if the model has them. Training differs:
+    `encoder_layerdrop` and `decoder_layerdrop` are ignored, and the output bias, which is constant in Marian, can be
+    trained.
 
     Args:
-        model: on any device, in any dtype, which the result shares. It stays as it is.
+        model: on any device, in any dtype; the result has the same. It is not changed.
 
     Raises:
-        ValueError: `d_model` is odd, which leaves a sine without its cosine.
+        ValueError: `d_model` is odd, so one sine lacks its cosine.
     """
     config = model.config
     if config.d_model % 2:
         raise ValueError(f"d_model={config.d_model} is odd, but here sinusoids come in pairs of sine and cosine")
-    # In Marian a table for both sides goes with an output matrix that is tied to it, or is not shared at all.
+    # Marian shares one table between both sides only if the output matrix is tied to it too.
     shared = config.share_encoder_decoder_embeddings and config.tie_word_embeddings
     ours = VanillaTransformerForConditionalGeneration(
         VanillaTransformerConfig(
@@ -59,7 +60,7 @@ def from_marian(model: MarianMTModel) -> VanillaTransformerForConditionalGenerat
             tie_word_embeddings=config.tie_word_embeddings,
         )
     )
-    # unit 2i is Marian's i, unit 2i + 1 its d_model / 2 + i
+    # Our unit 2i is Marian's i, and 2i + 1 is its d_model / 2 + i.
     order = torch.arange(config.d_model).view(2, -1).T.flatten()
     state = _reordered(model.state_dict(), order, shared)
     state = {name: value for name, value in state.items() if "embed_positions" not in name}
@@ -71,17 +72,17 @@ def from_marian(model: MarianMTModel) -> VanillaTransformerForConditionalGenerat
 
 def to_marian(model: VanillaTransformerForConditionalGeneration) -> MarianMTModel:
     """
-    A `MarianMTModel` with the outputs of a network of this package. Saved, it needs no code but transformers'.
+    Makes a `MarianMTModel` with the outputs of a model of this package. Once saved, it needs only transformers' code.
 
-    `generate()` does the same with the way to decode that the model holds. Without a greatest length there, the
-    translation ends at the last of Marian's positions, `max_position_embeddings`, where ours ends 50 tokens over the
-    source; neither cuts a translation that ends by itself before.
+    `generate()` gives the same outputs with the model's generation config. If that sets no maximum length, Marian's
+    limit is its last position, `max_position_embeddings`, where ours is 50 tokens more than the source. Translations
+    that end before are the same.
 
     Args:
-        model: on any device, in any dtype, which the result shares. It stays as it is.
+        model: on any device, in any dtype; the result has the same. It is not changed.
 
     Raises:
-        ValueError: Marian has nothing for a setting of the model, or of its way to decode. The message says which and
+        ValueError: Marian does not support a setting of the model or its generation config. The message says which and
             why.
     """
     config = model.config
@@ -109,14 +110,14 @@ def to_marian(model: VanillaTransformerForConditionalGeneration) -> MarianMTMode
 def refuse_what_marian_has_not(config: VanillaTransformerConfig) -> None:
     """
     Raises:
-        ValueError: neither transformers' Marian nor the C++ program has such a network.
+        ValueError: transformers' Marian and the C++ program do not support this network.
     """
     if config.normalize_before:
         raise ValueError("Marian normalises after each sub-layer only, but normalize_before=True")
     if config.position_embedding_type != "sinusoidal":
         raise ValueError(
-            f"Marian has sinusoids only, but position_embedding_type={config.position_embedding_type!r}: its table of "
-            "positions is not saved with a model, and would be lost"
+            f"Marian has sinusoids only, but position_embedding_type={config.position_embedding_type!r}: it does not "
+            "save a table of positions"
         )
     if config.layer_norm_eps != LAYER_NORM_EPS:
         raise ValueError(f"Marian's norms add {LAYER_NORM_EPS} always, but layer_norm_eps={config.layer_norm_eps}")
@@ -126,7 +127,7 @@ def refuse_what_marian_has_not(config: VanillaTransformerConfig) -> None:
 def refuse_other_heads(config: VanillaTransformerConfig, runtime: str) -> None:
     """
     Raises:
-        ValueError: a head's width is not `d_model` by the number of heads, as it always is in `runtime`.
+        ValueError: a head's width is not `d_model` divided by the number of heads, as `runtime` requires.
     """
     for stack in ("encoder", "decoder"):
         heads = getattr(config, f"{stack}_attention_heads")
@@ -140,7 +141,7 @@ def refuse_other_heads(config: VanillaTransformerConfig, runtime: str) -> None:
 
 
 def _generation_config(model: VanillaTransformerForConditionalGeneration) -> GenerationConfig:
-    """The model's way to decode, as transformers' own searches understand it."""
+    """The model's generation config for transformers' own searches. Refuses options that they lack."""
     config = copy.deepcopy(model.generation_config)
     form, coverage = getattr(config, "length_penalty_form", None), getattr(config, "coverage_penalty", None)
     if form not in (None, "power"):
@@ -149,7 +150,7 @@ def _generation_config(model: VanillaTransformerForConditionalGeneration) -> Gen
         raise ValueError(f"transformers' search does not look at attention, but coverage_penalty={coverage}")
     if config.num_beam_groups not in (None, 1):
         raise ValueError(f"transformers' search has no groups of beams, but num_beam_groups={config.num_beam_groups}")
-    # compute_type says how our search multiplies, not what it looks for.
+    # compute_type affects speed, not the outputs that the search looks for.
     for name in ("length_penalty_form", "coverage_penalty", "compute_type"):
         vars(config).pop(name, None)
     if config.max_length is None and config.max_new_tokens is None:
@@ -158,7 +159,7 @@ def _generation_config(model: VanillaTransformerForConditionalGeneration) -> Gen
 
 
 def _reordered(state: dict[str, torch.Tensor], order: torch.Tensor, shared: bool) -> dict[str, torch.Tensor]:
-    """Every parameter with its d_model axis in this order, `[d_model]`, and no shared table if nothing reads it."""
+    """Permutes the d_model axis of every parameter by `order`, and drops the shared table if nothing reads it."""
     found = {}
     for name, value in state.items():
         if name == "model.shared.weight" and not shared:

@@ -1,13 +1,13 @@
-"""For Marian, the C++ program (https://github.com/marian-nmt/marian-dev): a model's weights in its own format, `.npz`.
+"""Exports a model to Marian, the C++ program (https://github.com/marian-nmt/marian-dev), in its own format, `.npz`.
 
     to_marian_npz(model, "folder/model.npz")
     write_vocabulary(config.vocab_size, config.eos_token_id, tokenizer.unk_token_id, "folder/vocabulary.txt")
     marian-decoder --models folder/model.npz --vocabs folder/vocabulary.txt folder/vocabulary.txt
 
-`vanilla-transformer benchmark` measures Marian's speed this way. Translations differ a little from ours, because three
-things are fixed there: the wavelengths of its sinusoids (10000^(i / (n - 1)) for n = d_model / 2; in the paper i / n),
-a vector of zeros as the decoder's first input, where ours is a token, and an epsilon of 1e-6 in its norms. A model that
-has these three gives the same translations and scores.
+`vanilla-transformer benchmark` measures Marian's speed this way. Translations differ slightly from ours, because Marian
+fixes three things: the wavelengths of its sinusoids (10000^(i / (n - 1)) for n = d_model / 2; in the paper i / n), a
+zero vector as the decoder's first input, where ours is a token, and an epsilon of 1e-6 in its norms. A model with these
+three gives the same translations and scores.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..modeling_vanilla_transformer import VanillaTransformerForConditionalGener
 from .marian import refuse_what_marian_has_not, to_marian
 
 
-# In a layer: our module, and Marian's weight and bias.
+# For each module of our layers, the names of Marian's weight and bias.
 PARTS = {
     "self_attn.q_proj": ("self_Wq", "self_bq"),
     "self_attn.k_proj": ("self_Wk", "self_bk"),
@@ -38,7 +38,7 @@ PARTS = {
     "final_layer_norm": ("ffn_ffn_ln_scale", "ffn_ffn_ln_bias"),
 }
 ACTIVATIONS = {"relu": "relu", "silu": "swish", "swish": "swish"}
-# A bias by which a token is never chosen.
+# With this bias a token is never chosen.
 NEVER = -1e9
 
 
@@ -49,16 +49,16 @@ def to_marian_npz(
     Writes a model's weights as a Transformer of Marian.
 
     Args:
-        model: on any device, in any dtype. It stays as it is.
-        path: the file, whose name ends in ".npz".
-        never_ends: forbid the end of a sentence, so that every output is as long as the search allows.
+        model: on any device, in any dtype. It is not changed.
+        path: the output file, whose name ends in ".npz".
+        never_ends: whether to forbid the end of the sentence, so that every output has the maximum length.
 
     Raises:
-        ValueError: Marian has nothing for a setting of the model. The message says which and why.
+        ValueError: Marian does not support a setting of the model. The message says which and why.
     """
     config = model.config
     options = marian_options(config)
-    # transformers' Marian has the units of d_model in the program's order.
+    # transformers' Marian has the d_model axis in the order of the C++ program.
     state = {name: value.detach().float().cpu().numpy() for name, value in to_marian(model).state_dict().items()}
     bias = state["final_logits_bias"][0].copy()
     if never_ends:
@@ -66,7 +66,7 @@ def to_marian_npz(
     arrays = {
         "encoder_Wemb": state["model.encoder.embed_tokens.weight"],
         "decoder_Wemb": state["model.decoder.embed_tokens.weight"],
-        # A matrix of its own: one that is tied to the embeddings would stay float32 in Marian's int8.
+        # Not tied to the embeddings: a tied matrix would stay float32 in Marian's int8.
         "decoder_ff_logit_out_W": state["lm_head.weight"].T,
         "decoder_ff_logit_out_b": bias,
     }
@@ -74,7 +74,7 @@ def to_marian_npz(
         if ".layers." in name:
             _, stack, _, number, *part, kind = name.split(".")
             arrays[f"{stack}_l{int(number) + 1}_{PARTS['.'.join(part)][kind == 'bias']}"] = value.T
-    # Vectors are rows there. The description is YAML, and ends with a zero.
+    # Marian stores vectors as rows. The description is YAML, terminated by a zero byte.
     description = np.frombuffer(yaml.safe_dump(options).encode() + b"\0", np.int8)
     rows = {name: np.ascontiguousarray(np.atleast_2d(value)) for name, value in arrays.items()}
     np.savez(path, **rows, **{"special:model.yml": description})  # type: ignore[arg-type]
@@ -82,10 +82,10 @@ def to_marian_npz(
 
 def marian_options(config: VanillaTransformerConfig) -> dict[str, Any]:
     """
-    The network in Marian's options, without sharing of matrices.
+    The network as Marian's options, without shared matrices.
 
     Raises:
-        ValueError: Marian has nothing for a setting.
+        ValueError: Marian does not support a setting.
     """
     refuse_what_marian_has_not(config)
     if config.activation_function not in ACTIVATIONS:
@@ -114,13 +114,13 @@ def marian_options(config: VanillaTransformerConfig) -> dict[str, Any]:
 
 def write_vocabulary(size: int, eos: int, unknown: int, path: str | Path) -> None:
     """
-    Writes a vocabulary of numbers: the text that Marian reads and writes is ids, with a space between them.
+    Writes a vocabulary of numbers, so that Marian reads and writes ids separated by spaces.
 
     Args:
-        size: how many ids there are.
+        size: number of ids.
         eos: the id that ends a sentence, which Marian adds to each source and removes from each output.
-        unknown: the id of unknown tokens, which Marian insists on.
-        path: the file, whose name ends in ".txt".
+        unknown: the id of unknown tokens, which Marian requires.
+        path: the output file, whose name ends in ".txt".
     """
     words = [str(number) for number in range(size)]
     words[eos], words[unknown] = "</s>", "<unk>"

@@ -1,10 +1,10 @@
-"""For ONNX runtimes (https://onnx.ai): the network as two graphs.
+"""Exports a model to ONNX (https://onnx.ai), as two graphs.
 
     to_onnx(model, "folder")
     encoder, decoder = (onnxruntime.InferenceSession(f"folder/{name}.onnx") for name in ("encoder", "decoder"))
 
-They are the two programs of conversion/export.py, whose inputs and outputs have their names there. A greedy search
-with them is in docs/interoperability.md.
+These are the two programs of conversion/export.py, with the same names of inputs and outputs. docs/interoperability.md
+shows a greedy search with them.
 """
 
 import warnings
@@ -19,13 +19,13 @@ from .export import DecoderProgram, EncoderProgram, export_programs
 
 def to_onnx(model: VanillaTransformerForConditionalGeneration, folder: str | Path) -> None:
     """
-    Writes `encoder.onnx` and `decoder.onnx` into a folder, which is made if need be.
+    Writes `encoder.onnx` and `decoder.onnx` into a folder.
 
-    Weights of more than 2 GB, which do not fit into an ONNX file, stand beside it, in `encoder.onnx.data`.
+    Weights of more than 2 GB do not fit into an ONNX file. They are written beside it, to `encoder.onnx.data`.
 
     Args:
-        model: on any device, in any dtype; the graphs are in float32. It stays as it is.
-        folder: where to. Files of these names are replaced.
+        model: on any device, in any dtype; the graphs are in float32. It is not changed.
+        folder: the output folder, which is created if necessary. Files of these names are replaced.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def to_onnx(model: VanillaTransformerForConditionalGeneration, folder: str | Pat
 
 def _write(program: ExportedProgram, kind: type[EncoderProgram] | type[DecoderProgram], path: Path) -> None:
     with warnings.catch_warnings():
-        # Sizes of several inputs that have one name are what is wanted here.
+        # Several inputs share named sizes on purpose.
         warnings.filterwarnings("ignore", message=".*shares the same shape constraints")
         graph = torch.onnx.export(
             program,

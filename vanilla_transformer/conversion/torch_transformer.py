@@ -1,4 +1,4 @@
-"""From the state dict of a module around a `torch.nn.Transformer`.
+"""Imports the state dict of a module that contains a `torch.nn.Transformer`.
 
     weights = torch.load("model.pt", weights_only=True)
     model = from_torch_transformer(
@@ -6,8 +6,8 @@
         target_embedding="tgt_tok_emb.embedding.weight", output="generator.weight",
     )
 
-`torch.nn.Transformer` is the two stacks alone. Embeddings, positions and the output projection are the module's own, so
-their names have to be given; and so has what no tensor tells: the number of heads, the order of the norms, the
+`torch.nn.Transformer` has only the two stacks. The module itself defines embeddings, positions and output projection,
+so their names must be given. So must what the tensors do not show: the number of heads, pre- or post-norm, the
 activation, and whether embeddings are scaled by sqrt(d_model).
 """
 
@@ -62,30 +62,31 @@ def from_torch_transformer(
     origin: str = "the state dict",
 ) -> VanillaTransformerForConditionalGeneration:
     """
-    The network of this package with the outputs of such a module.
+    Makes a model of this package with the outputs of such a module.
 
-    A post-norm `torch.nn.Transformer` normalises the sum of its last layer once more, which the paper does not. Here
-    this takes one more layer in each stack, whose sub-layers are zero and whose norms are that norm: normalising what
-    is normalised already changes it by less than `layer_norm_eps`.
+    A post-norm `torch.nn.Transformer` normalises the output of its last layer once more, unlike the paper. Here this
+    becomes an extra layer in each stack, whose sub-layers are zero and whose last norm is that norm. The extra layer's
+    other norms change their input, which is normalised already, by less than `layer_norm_eps`.
 
     Args:
-        state: the module's state dict, all of whose tensors must find a place.
-        tokenizer: gives the special ids; the decoder starts with its bos token.
+        state: the module's state dict. All its tensors must be used.
+        tokenizer: for the special ids; the decoder starts with its bos token.
         heads: `nhead`.
-        source_embedding, target_embedding: names of the tables. Default: the source's serves the target too.
-        output: name of the output projection's weight; a bias is found beside it. Default: the target's table.
+        source_embedding, target_embedding: names of the tables. Default: source and target share one.
+        output: name of the output projection's weight; its bias, if any, is found by that name. Default: the target's
+            table.
         positions: name of a table of positions, `[L, d_model]`, with an axis of 1 in any place. Default: the paper's
             sinusoids.
-        prefix: what precedes `encoder.layers.0...` in the names.
+        prefix: the part of the names before `encoder.layers.0...`.
         normalize_before: `norm_first`.
         activation_function: "relu" or "gelu".
         scale_embedding: whether embeddings are multiplied by sqrt(d_model) before positions are added.
         layer_norm_eps: as in torch.
-        origin: what messages call the state dict.
+        origin: the name of the state dict in messages.
 
     Raises:
-        ValueError: a tensor is missing, left over or of the wrong shape, or the tokenizer does not fit. The message
-            says which.
+        ValueError: a tensor is missing, unused or of the wrong shape, or the tokenizer does not match. The message says
+            which.
     """
     weights = Weights(state, origin)
     layers = {stack: weights.count(f"{prefix}{stack}.layers.{{}}.norm1.weight") for stack in LAYER_NAMES}
@@ -97,7 +98,7 @@ def from_torch_transformer(
         lacking = next(stack for stack, present in final_norm.items() if not present)
         raise ValueError(
             f"{origin} has no {prefix}{lacking}.norm.weight: here a pre-norm {lacking} ends in a norm, "
-            "without which its outputs would be others"
+            "so its outputs would differ"
         )
     extra = {stack: final_norm[stack] and not normalize_before for stack in LAYER_NAMES}
     config = _config(weights, prefix, tokenizer, source_embedding, target_embedding, positions)
@@ -129,7 +130,7 @@ def _config(
     target_embedding: str | None,
     positions: str | None,
 ) -> dict:
-    """The fields that the shapes of tensors and the tokenizer tell."""
+    """The config fields that follow from the shapes of tensors and the tokenizer."""
     vocab_size, d_model = _matrix(weights, source_embedding)
     decoder_vocab_size = vocab_size if target_embedding is None else _matrix(weights, target_embedding)[0]
     for name in ("pad", "bos", "eos"):
@@ -159,7 +160,7 @@ def _config(
 def _matrix(weights: Weights, name: str) -> torch.Size:
     shape = weights.shape(name)
     if len(shape) != 2:
-        raise ValueError(f"{weights.origin}: {name} has the shape {list(shape)}, and is no table of embeddings")
+        raise ValueError(f"{weights.origin}: {name} has shape {list(shape)}, so it is not an embedding table")
     return shape
 
 
@@ -172,7 +173,7 @@ def _copy_stack(
     count: int,
     final_norm: bool,
 ) -> None:
-    # `bias=False` leaves out all of them.
+    # `bias=False` removes all biases.
     biased = f"{prefix}{stack}.layers.0.norm1.bias" in weights
     copy_modules(
         model,
@@ -194,7 +195,7 @@ def _copy_stack(
     if final_norm:
         ours = f"model.{stack}.layer_norm"
         if not model.config.normalize_before:
-            # 0 in every projection; norms that only normalise; and the last one of the layer is the stack's.
+            # An extra layer: zero projections, norms without scale and bias, and last the stack's final norm.
             layer = model.get_submodule(f"model.{stack}.layers.{count}")
             for name, parameter in layer.named_parameters():
                 parameter.fill_(1.0 if name.endswith("layer_norm.weight") else 0.0)

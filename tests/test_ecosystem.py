@@ -136,7 +136,7 @@ def test_tensorboard_and_a_tracker_of_the_users_own_get_what_is_logged(tiny_mode
 
 @pytest.mark.parametrize("name", ["wandbb", "azure_ml"])
 def test_a_tracker_that_is_not_there_is_refused_at_once(name, tmp_path):
-    with pytest.raises(RecipeError, match=re.escape(f"report_to={name} is no tracker that is installed here")):
+    with pytest.raises(RecipeError, match=re.escape(f"report_to={name} is not an installed tracker")):
         TrainingArguments(output_dir=str(tmp_path), report_to=name)
 
 

@@ -103,5 +103,5 @@ def test_one_row_alone_and_a_stream_are_refused_in_words(files, tmp_path):
     test = ["--test_file", str(tmp_path / "one.en"), str(tmp_path / "one.de")]
     steps = ["--max_steps", "2", "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "500"]
     for argv in (one, [*files, *test, "--streaming", "true", *steps]):
-        with pytest.raises(PreflightError, match="without a validation split: name one by validation_file"):
+        with pytest.raises(PreflightError, match="needs a validation split: give validation_file"):
             require(check_inputs(prepare(parse_recipe(argv))))

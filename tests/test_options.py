@@ -187,7 +187,7 @@ def test_null_is_a_value_where_the_type_has_it_and_a_default_that_is_written_dow
     if NoneType in kinds_of(name):
         assert read_recipe(path, None, PARSER)[name] is None
     else:
-        with pytest.raises(RecipeError, match=f"^{path}: argument --{name}: null is no value of it"):
+        with pytest.raises(RecipeError, match=f"^{path}: argument --{name}: it cannot be null"):
             read_recipe(path, None, PARSER)
     if DEFAULTS[name] is not None:
         recipe_with(folder, **{name: DEFAULTS[name]})
@@ -252,7 +252,7 @@ NOT_READ = {
     "vocab_size: {a: 1}": "invalid int value: '{\"a\": 1}'",
     "dropout: much": "argument --dropout: invalid float value: 'much'",
     "eval_strategy: off": "argument --eval_strategy/--eval-strategy: invalid choice: 'off'",
-    "vocab_size: null": "argument --vocab_size: null is no value of it: leave it out, for its default",
+    "vocab_size: null": "argument --vocab_size: it cannot be null: leave it out to get the default",
     "dropout: 0.1\nseed: 1\ndropout: 0.2": "is not YAML: dropout is given twice in",
     "variants: {a: {seed: 1, seed: 2}}": "is not YAML: seed is given twice in",
     "lr_scheduler_kwargs: {a: 1, a: 1}": "is not YAML: a is given twice in",

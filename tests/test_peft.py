@@ -237,9 +237,9 @@ def test_a_named_model_is_trained_on_in_float32_with_the_rates_of_the_recipe(bas
 
 
 REFUSED = {
-    "adapters without a model": (["--lora_rank", "4"], "lora_rank=4 adapts a model that is there already"),
+    "adapters without a model": (["--lora_rank", "4"], "lora_rank=4 adapts an existing model"),
     "no rank": (["--model", "BASE", "--lora_rank", "0"], "lora_rank=0 must be at least 1"),
-    "another tokenizer": (["--model", "BASE", "--tokenizer", "BASE"], "which brings its own"),
+    "another tokenizer": (["--model", "BASE", "--tokenizer", "BASE"], "which has its own"),
     "the mean of adapters": (
         ["--model", "BASE", "--lora_rank", "4", "--average_checkpoints", "2", "--load_best_model_at_end", "false"],
         "checkpoints with lora_rank=4 hold adapters only",

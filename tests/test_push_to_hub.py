@@ -506,7 +506,7 @@ def test_a_folder_that_is_no_whole_run_is_refused_before_anything_is_sent(change
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"hub_token": "hf_secret"}, "hub_token would be written into recipe.yaml"),
+        ({"hub_token": "hf_secret"}, "hub_token would be published in recipe.yaml"),
         ({"hub_strategy": "checkpoint"}, "hub_strategy=checkpoint would push the optimizer's state and other pickles"),
         ({"hub_strategy": "all_checkpoints"}, "hub_strategy=all_checkpoints would push"),
     ],

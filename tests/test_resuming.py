@@ -251,7 +251,7 @@ class TestTheModelAlone:
         argv = [str(begun / "recipe.yaml"), *SHORT, "--save_only_model", "true", "--output_dir", str(tmp_path / "new")]
         main([*argv, "--check"])
         printed = " ".join(capsys.readouterr().out.split())
-        assert "warning fields save_only_model=true leaves the states of the optimizer" in printed
+        assert "warning fields save_only_model=true saves checkpoints without the states of the optimizer" in printed
         assert "this run cannot be resumed" in printed
 
 

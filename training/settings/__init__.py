@@ -1,1 +1,1 @@
-"""What a run is told: the fields of recipes and command lines, their rules, and how they are read."""
+"""The settings of a run: the fields of recipes and command lines, their rules, and how they are read."""

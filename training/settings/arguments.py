@@ -1,7 +1,7 @@
 """
-The fields of a recipe: what a run can be told, in a YAML file or as `--field value` on the command line.
+The fields of a recipe, set in a YAML file or by `--field value` on the command line.
 
-Which values are refused, and which do not go together, is in rules.py. recipe.py reads them.
+rules.py checks the values and their combinations. recipe.py reads them.
 """
 
 import dataclasses
@@ -18,43 +18,47 @@ from . import rules
 @dataclass
 class ModelArguments:
     """
-    The network: fields of VanillaTransformerConfig. One that is left out keeps the config's own default.
+    The network: fields of VanillaTransformerConfig, with the config's defaults.
 
-    The special ids and the vocabulary's size come from the tokenizer. `model` names a trained model to go on with: it
-    brings its own sizes, and its tokenizer.
+    The tokenizer sets the special ids and the vocabulary size. `model` names a trained model to train further; its
+    sizes and its tokenizer are used.
     """
 
     model: str | None = field(
-        default=None, metadata={"help": "folder or Hub name of a model to train further; default: a new one"}
+        default=None, metadata={"help": "folder or Hub name of a model to train further (default: a new model)"}
     )
-    d_model: int | None = field(default=None, metadata={"help": "width of every token vector"})
-    encoder_layers: int | None = field(default=None, metadata={"help": "depth of the encoder"})
-    decoder_layers: int | None = field(default=None, metadata={"help": "depth of the decoder"})
-    encoder_attention_heads: int | None = field(default=None, metadata={"help": "heads in the encoder"})
-    decoder_attention_heads: int | None = field(default=None, metadata={"help": "heads in the decoder"})
-    d_kv: int | None = field(default=None, metadata={"help": "width of a head's queries and keys"})
-    d_v: int | None = field(default=None, metadata={"help": "width of a head's values"})
-    encoder_ffn_dim: int | None = field(default=None, metadata={"help": "inner width of the encoder's FFN"})
-    decoder_ffn_dim: int | None = field(default=None, metadata={"help": "inner width of the decoder's FFN"})
-    activation_function: str | None = field(default=None, metadata={"help": "any activation of transformers"})
-    dropout: float | None = field(default=None, metadata={"help": "rate on sub-layers and embeddings"})
-    attention_dropout: float | None = field(default=None, metadata={"help": "rate on attention weights"})
-    activation_dropout: float | None = field(default=None, metadata={"help": "rate inside the FFN"})
+    d_model: int | None = field(default=None, metadata={"help": "size of the token vectors"})
+    encoder_layers: int | None = field(default=None, metadata={"help": "number of encoder layers"})
+    decoder_layers: int | None = field(default=None, metadata={"help": "number of decoder layers"})
+    encoder_attention_heads: int | None = field(default=None, metadata={"help": "attention heads per encoder layer"})
+    decoder_attention_heads: int | None = field(default=None, metadata={"help": "attention heads per decoder layer"})
+    d_kv: int | None = field(default=None, metadata={"help": "size of each head's queries and keys"})
+    d_v: int | None = field(default=None, metadata={"help": "size of each head's values"})
+    encoder_ffn_dim: int | None = field(default=None, metadata={"help": "inner size of the encoder's FFN"})
+    decoder_ffn_dim: int | None = field(default=None, metadata={"help": "inner size of the decoder's FFN"})
+    activation_function: str | None = field(
+        default=None, metadata={"help": "activation of the FFN; any name in transformers"}
+    )
+    dropout: float | None = field(default=None, metadata={"help": "dropout rate on sub-layer outputs and embeddings"})
+    attention_dropout: float | None = field(default=None, metadata={"help": "dropout rate on attention weights"})
+    activation_dropout: float | None = field(default=None, metadata={"help": "dropout rate inside the FFN"})
     position_embedding_type: str | None = field(default=None, metadata={"help": "sinusoidal or learned"})
-    max_position_embeddings: int | None = field(default=None, metadata={"help": "rows of learned positions"})
+    max_position_embeddings: int | None = field(default=None, metadata={"help": "number of learned positions"})
     normalize_before: bool | None = field(default=None, metadata={"help": "pre-norm instead of post-norm"})
     share_encoder_decoder_embeddings: bool | None = field(
-        default=None, metadata={"help": "one table of embeddings for source and target"}
+        default=None, metadata={"help": "share one embedding table between source and target"}
     )
     tie_word_embeddings: bool | None = field(
-        default=None, metadata={"help": "one matrix for target embeddings and output projection"}
+        default=None, metadata={"help": "share one matrix between target embeddings and output projection"}
     )
     label_smoothing: float | None = field(default=None, metadata={"help": "smoothing of the training loss"})
     init_std: float | None = field(
-        default=None, metadata={"help": "spread of every new matrix (default: Xavier; d_model**-0.5 for embeddings)"}
+        default=None,
+        metadata={"help": "standard deviation of initial weights (default: Xavier; d_model**-0.5 for embeddings)"},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: the fastest there)"}
+        default=None,
+        metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: the fastest available)"},
     )
 
     def config_fields(self) -> dict[str, Any]:
@@ -67,27 +71,27 @@ class ModelArguments:
 
 @dataclass
 class TokenizerArguments:
-    """The subword vocabulary: one that exists, or one to learn from the training data."""
+    """The subword vocabulary: an existing tokenizer, or one learned from the training data."""
 
     tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or Hub name of a tokenizer; default: learn one from the training data"}
+        default=None, metadata={"help": "folder or Hub name of a tokenizer (default: learn one from the training data)"}
     )
-    tokenizer_model: str = field(default="bpe", metadata={"help": "how subwords are learned: bpe or unigram"})
+    tokenizer_model: str = field(default="bpe", metadata={"help": "type of tokenizer to learn: bpe or unigram"})
     vocab_size: int = field(
-        default=37000, metadata={"help": "subwords to learn (the paper: about 37,000, section 5.1)"}
+        default=37000, metadata={"help": "number of subwords to learn (paper: about 37,000, section 5.1)"}
     )
     pretokenized: bool = field(
-        default=False, metadata={"help": "the text is tokenised: white space separates its words"}
+        default=False, metadata={"help": "the text is already tokenised: white space separates its words"}
     )
 
 
 @dataclass
 class DataArguments:
     """
-    The parallel text: `dataset`, or files. Paths may hold environment variables ($NAME).
+    The parallel text: `dataset`, or files. Paths may contain environment variables ($NAME).
 
-    Files are given per split: one data file (.jsonl, .json, .csv or .tsv, plain or .gz, or .parquet), or two parallel
-    text files, source then target (plain or .gz).
+    Each split takes one data file (.jsonl, .json, .csv or .tsv, plain or .gz, or .parquet), or two parallel text files,
+    source then target (plain or .gz).
     """
 
     dataset: str | None = field(
@@ -95,46 +99,59 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of the Hub dataset"})
     data_dir: str | None = field(default=None, metadata={"help": "folder that the file names below are relative to"})
-    train_file: list[str] | None = field(default=None, metadata={"help": "one data file, or source and target text"})
-    validation_file: list[str] | None = field(default=None, metadata={"help": "the same, to choose the best model"})
-    test_file: list[str] | None = field(default=None, metadata={"help": "the same, for the final score"})
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "training data: one data file, or source and target text"}
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "validation data, to choose the best model"}
+    )
+    test_file: list[str] | None = field(default=None, metadata={"help": "test data, for the final score"})
     source_lang: str | None = field(
         default=None, metadata={"help": "language code of the source (also its key in a `translation` column)"}
     )
-    target_lang: str | None = field(default=None, metadata={"help": "language code of the target, likewise"})
+    target_lang: str | None = field(
+        default=None, metadata={"help": "language code of the target (also its key in a `translation` column)"}
+    )
     source_column: str | None = field(default=None, metadata={"help": "column of the source text"})
     target_column: str | None = field(default=None, metadata={"help": "column of the target text"})
-    data_name: str | None = field(default=None, metadata={"help": "what the model card calls the data"})
+    data_name: str | None = field(default=None, metadata={"help": "name of the data in the model card"})
     max_source_length: int = field(
-        default=256, metadata={"help": "training rows with more source tokens are left out, and counted"}
+        default=256, metadata={"help": "skip training rows with more source tokens; the log says how many"}
     )
     max_target_length: int = field(
-        default=256, metadata={"help": "training rows with more target tokens are left out, and counted"}
+        default=256, metadata={"help": "skip training rows with more target tokens; the log says how many"}
     )
     max_length_ratio: float | None = field(
-        default=None, metadata={"help": "training rows with a side of more than so many times the other's tokens, too"}
+        default=None,
+        metadata={
+            "help": "skip training rows whose longer side has more than this many times the shorter side's tokens"
+        },
     )
-    drop_duplicates: bool = field(default=False, metadata={"help": "leave out training rows that came before"})
-    drop_identical: bool = field(default=False, metadata={"help": "leave out training rows of two equal sides"})
+    drop_duplicates: bool = field(default=False, metadata={"help": "skip repeated training rows"})
+    drop_identical: bool = field(
+        default=False, metadata={"help": "skip training rows whose source and target are equal"}
+    )
     drop_bad_encoding: bool = field(
-        default=False, metadata={"help": "leave out training rows that were decoded wrongly (e.g. Ã¼ for ü)"}
+        default=False, metadata={"help": "skip training rows decoded with the wrong encoding (e.g. Ã¼ for ü)"}
     )
     bpe_dropout: float = field(
         default=0.0,
-        metadata={"help": "rate at which merges of BPE are skipped, anew in each epoch of training (the paper: 0.1)"},
+        metadata={"help": "probability of skipping a BPE merge, drawn anew in each epoch (Provilkov et al.: 0.1)"},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only the first rows"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "likewise for validation and test"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "use only this many training rows, the first ones"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use only this many validation and test rows"})
     streaming: bool = field(
-        default=False, metadata={"help": "read training rows as they are needed; max_steps says how many batches"}
+        default=False, metadata={"help": "read training rows as they are needed, for max_steps updates"}
     )
     shuffle_buffer: int = field(
-        default=100_000, metadata={"help": "streamed rows that are sorted into batches and shuffled together"}
+        default=100_000, metadata={"help": "number of streamed rows that are batched and shuffled together"}
     )
-    phrasebook_size: int = field(default=50_000, metadata={"help": "training phrases of the phrasebook"})
+    phrasebook_size: int = field(default=50_000, metadata={"help": "number of training phrases in the phrasebook"})
 
     def __post_init__(self):
-        # A recipe may name one file without the brackets of a list.
+        # In a recipe, one file needs no list.
         for name in ("train_file", "validation_file", "test_file"):
             if isinstance(files := getattr(self, name), str):
                 setattr(self, name, [files])
@@ -142,15 +159,15 @@ class DataArguments:
 
 @dataclass
 class DecodingArguments:
-    """How the trained model translates, saved with it as its generation config, and how that is scored."""
+    """How the trained model translates (saved as its generation config), and how translations are scored."""
 
-    num_beams: int = field(default=4, metadata={"help": "width of the beam (the paper: 4, section 6.1)"})
+    num_beams: int = field(default=4, metadata={"help": "beam size (paper: 4, section 6.1)"})
     length_penalty: float = field(default=1.0, metadata={"help": "transformers' length_penalty: score / length**this"})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "longest translation in tokens (default: the source's length + 50)"}
+        default=None, metadata={"help": "maximum length of a translation in tokens (default: source length + 50)"}
     )
     bleu_tokenize: str = field(
-        default="13a", metadata={"help": "sacrebleu's tokenizer for BLEU; none for text that is tokenised"}
+        default="13a", metadata={"help": "sacrebleu's tokenizer for BLEU; none for text that is already tokenised"}
     )
 
     def __post_init__(self):
@@ -164,74 +181,86 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     learning_rate: float | None = field(
         default=None, metadata={"help": "peak learning rate (default: the paper's, (d_model * warmup_steps)**-0.5)"}
     )
-    lr_scheduler_type: SchedulerType | str = field(default="inverse_sqrt", metadata={"help": "transformers' schedule"})
-    warmup_steps: float = field(default=4000, metadata={"help": "updates of linear warm-up"})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="inverse_sqrt", metadata={"help": "schedule, by its name in transformers"}
+    )
+    warmup_steps: float = field(default=4000, metadata={"help": "number of updates of linear warm-up"})
     adam_beta2: float = field(default=0.98, metadata={"help": "Adam's beta 2"})
     adam_epsilon: float = field(default=1e-9, metadata={"help": "Adam's epsilon"})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm (0: never)"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm (0: no clipping)"})
     train_sampling_strategy: str = field(
         default="token_budget",
         metadata={
-            "help": "batches bounded by tokens; transformers' own (random, sequential, group_by_length) count rows",
+            "help": "how to make batches: token_budget bounds their tokens, the others (of transformers) count rows",
             "choices": ["token_budget", "random", "sequential", "group_by_length", "batch_rebalance"],
         },
     )
     per_device_train_batch_tokens: int = field(
         default=4096,
         metadata={
-            "help": "most tokens, padding included, of a process's batch on either side (the paper: about 25,000 in an "
-            "update of all processes and accumulated batches)"
+            "help": "maximum source tokens and maximum target tokens of a batch, padding included, per process "
+            "(paper: about 25,000 per update, over all processes and accumulated batches)"
         },
     )
     per_device_eval_batch_tokens: int = field(
-        default=4096, metadata={"help": "likewise in evaluation, where generation multiplies them by its beams"}
+        default=4096, metadata={"help": "the same in evaluation; generation multiplies it by the beam size"}
     )
     predict_with_generate: bool = field(default=True, metadata={"help": "score translations, not only the loss"})
-    generation_num_beams: int | None = field(default=1, metadata={"help": "beams while training: greedy is quick"})
+    generation_num_beams: int | None = field(
+        default=1, metadata={"help": "beam size of evaluations during training (1: greedy, which is fast)"}
+    )
     eval_strategy: IntervalStrategy | str = field(
         default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"}
     )
-    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "when to save, and keep the best"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+    save_strategy: SaveStrategy | str = field(
+        default="epoch", metadata={"help": "when to save a checkpoint: no, steps, epoch or best"}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "number of checkpoints to keep"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint, not the last"})
-    metric_for_best_model: str | None = field(default="bleu", metadata={"help": "what chooses the best checkpoint"})
+    metric_for_best_model: str | None = field(
+        default="bleu", metadata={"help": "metric that chooses the best checkpoint"}
+    )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after so many evaluations without a better score"}
+        default=None, metadata={"help": "stop after this many evaluations without a better score"}
     )
     hold_memory: bool = field(
-        default=True, metadata={"help": "on a CPU: keep freed memory for the next update (false: give it back)"}
+        default=True,
+        metadata={"help": "on a CPU: keep freed memory for the next update (false: return it to the system)"},
     )
     average_checkpoints: int | None = field(
         default=None,
-        metadata={"help": "end with the mean of the last so many checkpoints (the paper: 5, big 20)"},
+        metadata={"help": "end with the mean of this many checkpoints, the last ones (paper: 5, big model: 20)"},
     )
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "evaluate and end with the exponential mean of the weights after each update (e.g. 0.999)"},
+        metadata={
+            "help": "evaluate and end with an exponential moving average of the weights, with this decay (e.g. 0.999)"
+        },
     )
     r_drop_alpha: float = field(
         default=0.0,
-        metadata={"help": "R-Drop: weight of the divergence between two passes with other dropout (the paper: 5)"},
+        metadata={"help": "R-Drop: weight of the divergence between two passes with different dropout (Wu et al.: 5)"},
     )
     lora_rank: int | None = field(
         default=None,
-        metadata={"help": "train adapters of this rank beside a model's frozen weights, and merge them at the end"},
+        metadata={"help": "train LoRA adapters of this rank on a frozen model, and merge them at the end"},
     )
     check: bool = field(
         default=False,
-        metadata={"help": "only check everything, time a few updates, say what the run will take, and write nothing"},
+        metadata={"help": "check data and recipe, time a few updates and estimate the run; write nothing"},
     )
     # transformers' parser would make a bool of it.
     include_num_input_tokens_seen: str = field(
-        default="no", metadata={"help": "log the source tokens so far", "choices": ["all", "non_padding", "no"]}
+        default="no",
+        metadata={"help": "log the number of source tokens seen so far", "choices": ["all", "non_padding", "no"]},
     )
     # HfArgumentParser needs None first.
     report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="tensorboard", metadata={"help": "where curves are logged"}
+        default="tensorboard", metadata={"help": "where to log curves"}
     )
 
     def __post_init__(self):
-        # transformers refuses bf16, and warns of pinned memory, unless it is told that there is no accelerator.
+        # Without an accelerator, transformers refuses bf16 and warns about pinned memory unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         rules.check_training_as_told(self)
@@ -239,12 +268,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             self.greater_is_better = rules.BEST_METRICS[self.deciding_metric]
         super().__post_init__()
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            # Their own default takes every metric for one of which less is better.
+            # Their default assumes that lower is better for every metric.
             better = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = better | (self.lr_scheduler_kwargs or {})
         rules.check_training(self)
 
     @property
     def deciding_metric(self) -> str:
-        """The metric that chooses the best checkpoint, without transformers' prefix."""
+        """The metric that chooses the best checkpoint, without the prefix `eval_`."""
         return (self.metric_for_best_model or "loss").removeprefix("eval_")

@@ -1,4 +1,4 @@
-"""Reads options by the types of their fields: those of a YAML file as those of the command line, by one parser."""
+"""One parser for the options of YAML files and of the command line. It reads each by the type of its field."""
 
 import json
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
@@ -18,8 +18,8 @@ from ..errors import RecipeError
 
 class TextLoader(yaml.SafeLoader):
     """
-    YAML whose scalars stay text, all but null: YAML itself takes the language `no` for false, and `1e-3` for text. A
-    key that is given twice is an error, as the YAML specification has it.
+    YAML whose scalars stay text, except null: plain YAML reads the language `no` as false, and `1e-3` as text. A
+    repeated key is an error, as the YAML specification says.
     """
 
     yaml_implicit_resolvers = {
@@ -28,7 +28,7 @@ class TextLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Looks for keys that are given twice, where the stock loader takes the last."""
+        """Refuses repeated keys. The stock loader takes the last."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -40,10 +40,10 @@ class TextLoader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """
-    The fields of a YAML file, each as text, None, or a list or dict of such.
+    The fields of a YAML file. Values are text, None, or lists or dicts of these.
 
     Raises:
-        RecipeError: it is not YAML, or no mapping.
+        RecipeError: the file is not YAML, or not a mapping.
     """
     try:
         # A subclass of yaml.SafeLoader.
@@ -61,17 +61,17 @@ def as_yaml(fields: dict[str, Any]) -> str:
 
 
 def true_or_false(text: str | bool) -> bool:
-    """What transformers' parser takes for a truth, and YAML's on and off."""
+    """A boolean, as transformers' parser reads it, or YAML's on and off."""
     return string_to_bool({"on": True, "off": False}.get(str(text).lower(), text))
 
 
 def truth_or_text(text: str) -> bool | str:
-    """A truth where the text is true or false, else the text."""
+    """A boolean if the text is true or false, else the text."""
     return text.lower() == "true" if text.lower() in ("true", "false") else text
 
 
 def plain(value: Any) -> Any:
-    """An option's value as people write it: a whole number without a point, and a choice by its name."""
+    """An option's value as people write it: whole numbers without a decimal point, enum members by their value."""
     if isinstance(value, list):
         return [plain(part) for part in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
@@ -80,7 +80,7 @@ def plain(value: Any) -> Any:
 
 
 class OptionFormatter(ArgumentDefaultsHelpFormatter):
-    """argparse's own, with room for the long names of fields."""
+    """argparse's formatter, with room for long field names."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36)
@@ -88,16 +88,15 @@ class OptionFormatter(ArgumentDefaultsHelpFormatter):
 
 class OptionParser(HfArgumentParser):
     """
-    transformers' parser for the fields of dataclasses, for values from YAML too: whatever the place, the field's type
-    says what a value means.
+    transformers' parser for the fields of dataclasses. It reads values from YAML too, by the same types.
 
-    Its help has a group of options for each dataclass. The fields that a dataclass inherits come last.
+    Its help shows a group of options for each dataclass. Inherited fields come last.
 
     Args:
         groups: the dataclasses.
-        hidden: fields that neither the help nor the shell's completion shows.
-        defaults: what the help gives as defaults of fields whose own default is None.
-        options: of argparse.ArgumentParser.
+        hidden: fields that help and shell completion leave out.
+        defaults: defaults that the help shows for fields whose own default is None.
+        options: arguments of argparse.ArgumentParser.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class OptionParser(HfArgumentParser):
         self.register("type", string_to_bool, true_or_false)
         # `run_program` reads it.
         self.add_argument("--verbose", action="store_true", help="show the traceback of an error", default=SUPPRESS)
-        self.defaults_told = defaults
+        self.shown_defaults = defaults
         for action in self._actions:
             if action.dest in hidden:
                 action.help = SUPPRESS
@@ -149,7 +148,7 @@ class OptionParser(HfArgumentParser):
         return formatter.format_help()
 
     def _shown(self, action: Action) -> Action:
-        """An option as the help shows it: one spelling, the kind of its value, and its default."""
+        """An option as the help shows it: one spelling, the type of its value, and its default."""
         if not action.option_strings or action.nargs == 0:
             return action
         shown = copy(action)
@@ -157,33 +156,33 @@ class OptionParser(HfArgumentParser):
         kinds: dict[Any, str] = {string_to_bool: "TRUE|FALSE", int: "INT", float: "FLOAT"}
         name = kinds.get(action.type, "TEXT")
         shown.metavar = None if action.choices else name
-        default = self.defaults_told.get(action.dest) if action.default is None else plain(action.default)
+        default = self.shown_defaults.get(action.dest) if action.default is None else plain(action.default)
         shown.default = SUPPRESS if default is None else default
         return shown
 
     def error(self, message: str) -> NoReturn:
         """
         Raises:
-            RecipeError: always; argparse itself would end the process.
+            RecipeError: always. argparse would end the process.
         """
         raise RecipeError(message)
 
     def typed(self, name: str, value: Any) -> Any:
         """
-        The value that a YAML file gives a field, as if it stood on the command line.
+        Converts a value of a YAML file as if it were given on the command line.
 
         Args:
-            name: of the field.
-            value: as `read_yaml` gives it.
+            name: the field.
+            value: its value, from `read_yaml`.
 
         Raises:
-            RecipeError: the field's type has no such value.
+            RecipeError: the value does not have the field's type.
         """
         hint = self.hints[name]
         kinds = (hint, *get_args(hint))
         if value is None:
             if NoneType not in kinds:
-                raise RecipeError(f"argument --{name}: null is no value of it: leave it out, for its default")
+                raise RecipeError(f"argument --{name}: it cannot be null: leave it out to get the default")
             return None
         if isinstance(value, list):
             if not any(get_origin(kind) is list for kind in kinds):
@@ -199,7 +198,7 @@ class OptionParser(HfArgumentParser):
 
 
 def _numbers(value: Any) -> Any:
-    """A dict as JSON has it, for options without types of their own: what looks like a number, a truth or null is."""
+    """Converts text in untyped dicts and lists to the number, boolean or null that it looks like, as JSON does."""
     if isinstance(value, dict):
         return {str(name): _numbers(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Reads recipes and command lines: `[RECIPE.yaml] [--variant NAME] [--field value ...]`, of which the later counts."""
+"""Reads recipes and command lines: `[RECIPE.yaml] [--variant NAME] [--field value ...]`. Later values override."""
 
 import argparse
 import difflib
@@ -22,13 +22,13 @@ from .options import OptionParser, as_yaml, plain, read_yaml, true_or_false, tru
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Fields of a recipe that hold paths; and those that hold a path or a name of the Hub.
+# Fields that hold paths, and fields that hold a path or a Hub name.
 PATHS = ("output_dir", "data_dir", "train_file", "validation_file", "test_file", "fsdp_config", "deepspeed")
 PATHS_OR_NAMES = ("model", "tokenizer", "dataset")
 
 
 class Recipe(NamedTuple):
-    """Everything that a run was told, and `given`: the part that differs from the defaults, as a recipe of its own."""
+    """All settings of a run. `given` holds those that differ from the defaults; it is a recipe of its own."""
 
     model: ModelArguments
     tokenizer: TokenizerArguments
@@ -39,24 +39,24 @@ class Recipe(NamedTuple):
 
 
 ABOUT = """\
-Trains a model by a recipe, a YAML file whose fields are these options: a path, or the name of an installed one, such as
-quickstart.yaml. Options on the command line come after the recipe. docs/training.md explains them all."""
+Trains a model from a recipe: a YAML file whose fields are these options. Give its path, or the name of an installed
+recipe, such as quickstart.yaml. Options on the command line override the recipe. docs/training.md explains them all."""
 
 
 def recipe_parser() -> OptionParser:
     """The parser of recipes and command lines."""
     groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
     usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
-    # What the config takes where a recipe leaves a field of the network out.
+    # The config's defaults for the fields of the network.
     defaults = {option.name: getattr(VanillaTransformerConfig, option.name, None) for option in fields(ModelArguments)}
     parser = OptionParser(
         groups, hidden=rules.REFUSED, defaults=defaults, usage=usage, description=ABOUT, conflict_handler="resolve"
     )
     parser.add_argument("--variant", help="one of the recipe's variants, e.g. a row of table3.yaml")
-    # transformers' own knows true and false.
-    help_bf16 = "mixed precision in bfloat16: true, false, or auto (true where the machine has instructions for it)"
+    # transformers' option takes only true and false.
+    help_bf16 = "mixed precision in bfloat16: true, false, or auto (true if the hardware supports bfloat16)"
     parser.add_argument("--bf16", type=_true_false_or_auto, nargs="?", const=True, default=False, help=help_bf16)
-    # And of these it takes true and false for text.
+    # transformers reads true and false as text here.
     helps = {option.name: option.metadata["help"] for option in fields(TrainingArguments)}
     parser.add_argument("--fsdp", type=truth_or_text, nargs="?", const=True, help=helps["fsdp"])
     trackio = ("--trackio_static_space_id", "--trackio-static-space-id")
@@ -66,14 +66,14 @@ def recipe_parser() -> OptionParser:
 
 def parse_recipe(argv: list[str]) -> Recipe:
     """
-    Reads `[RECIPE.yaml] [--variant NAME] [--field value ...]`; what comes later counts.
+    Reads `[RECIPE.yaml] [--variant NAME] [--field value ...]`. Later values override.
 
     Args:
         argv: the command line. A recipe is a path, or the name of one that is installed with the package.
 
     Raises:
-        RecipeError: the recipe cannot be read, or a field does not exist, or has no such value.
-        SystemExit: `--help`.
+        RecipeError: the recipe cannot be read, a field does not exist, or its value is invalid.
+        SystemExit: after `--help`.
     """
     parser = recipe_parser()
     defaults = vars(parser.parse_args([]))
@@ -97,7 +97,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
         raise RecipeError(" ".join(str(error).split())) from error
     recipe = Recipe(model, tokenizer, data, decoding, training, given)
     rules.check_recipe(recipe)
-    # A model brings its own.
+    # A model comes with its tokenizer.
     tokenizer.tokenizer = model.model or tokenizer.tokenizer
     return recipe
 
@@ -108,10 +108,10 @@ def _true_false_or_auto(value: str) -> bool | str:
 
 def recipe_of_run(arguments: Any) -> Path | None:
     """
-    What the run was told that the arguments resume, as far as its folder says it.
+    The recipe.yaml of the run that these arguments resume, or None if there is none.
 
     Args:
-        arguments: with `resume_from_checkpoint` and `output_dir`.
+        arguments: anything with `resume_from_checkpoint` and `output_dir`.
     """
     asked = arguments.resume_from_checkpoint
     if asked is None:
@@ -122,8 +122,7 @@ def recipe_of_run(arguments: Any) -> Path | None:
 
 def resolve_bf16(arguments: argparse.Namespace, parser: OptionParser) -> bool:
     """
-    What `bf16: auto` means: for a run that is resumed what it began with, else whether the machine that trains has
-    instructions for bfloat16.
+    The value of `bf16: auto`: for a resumed run the value it began with, else whether the hardware supports bfloat16.
     """
     if recipe := recipe_of_run(arguments):
         began = bool(read_recipe(str(recipe), None, parser).get("bf16"))
@@ -141,11 +140,11 @@ def resolve_bf16(arguments: argparse.Namespace, parser: OptionParser) -> bool:
 
 def read_recipe(name: str, variant: str | None, parser: OptionParser) -> dict[str, Any]:
     """
-    The fields that a recipe sets, with those of one of its `variants` laid over them.
+    The fields that a recipe sets, overridden by those of one of its `variants`.
 
     Raises:
-        RecipeError: there is no such file or variant, it is not a YAML mapping, or it sets a field that does not exist,
-            or to what its type does not have.
+        RecipeError: the file or variant does not exist, the file is not a YAML mapping, a field does not exist, or a
+            value does not have its field's type.
     """
     path = next((p for p in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml") if p.is_file()), None)
     if path is None:
@@ -173,14 +172,14 @@ def read_recipe(name: str, variant: str | None, parser: OptionParser) -> dict[st
 
 
 def lasting(given: dict[str, Any]) -> str:
-    """A recipe that repeats the run, with what the command line changed, as YAML."""
+    """A recipe, as YAML, that repeats the run with the changes of its command line."""
     return as_yaml({name: value for name, value in given.items() if name != "resume_from_checkpoint"})
 
 
 def public(recipe: dict[str, Any]) -> dict[str, Any]:
     """
-    A recipe as others may read it: paths by their last part, since the folders are of no use to them, and may tell
-    who has made the model, and of what.
+    A recipe to publish: only the last part of each path, since folder names may reveal who made the model, and from
+    what.
     """
 
     def last(value: Any) -> Any:

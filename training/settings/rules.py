@@ -1,9 +1,9 @@
 """
-The rules of a recipe: which values a field may have, and which fields do not go together.
+The rules of a recipe: which values a field may have, and which fields exclude each other.
 
-Each broken rule is an error that names the field, its value, and what would be right. The rules are asked in the order
-in which a run learns what they need: when TrainingArguments are made, when a recipe has been read, when data is loaded,
-and when the data is known. What only the data, the tokenizer or the machine can tell is in preflight.py.
+Each broken rule raises an error that names the field, its value, and what would be right. The rules are checked as soon
+as what they need is known: when TrainingArguments are made, when a recipe has been read, when data is loaded, and when
+the data is known. Checks of the data, the tokenizer and the machine are in checks/.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ if TYPE_CHECKING:
     from .arguments import DataArguments, TrainingArguments
     from .recipe import Recipe
 
-# A field, whether its value is refused, and what is wrong with it, in words that go on from `field=value`.
+# A field, whether its value is refused, and why: words that continue `field=value`.
 Rule = tuple[str, Any, str]
 
-# The metrics that can choose the best checkpoint -> whether more is better.
+# The metrics that can choose the best checkpoint -> whether higher is better.
 BEST_METRICS = {"bleu": True, "chrf": True, "ter": False, "exact_match": True, "loss": False, "perplexity": False}
 
-# Options of transformers that would end a run with an error, or do nothing in one -> why. They keep their defaults.
+# Options of transformers that would break a run or have no effect -> why. They must keep their defaults.
 REFUSED = {
-    "accelerator_config": "deals batches of rows to processes, and batches by tokens are dealt already: leave it out",
-    "auto_find_batch_size": "halves a number of rows, and batches are made by tokens: see by --check what fits",
-    "batch_eval_metrics": "scores batch by batch, and BLEU is that of the whole set: leave it out",
-    "bf16_full_eval": "casts a model that is not being trained, and none is evaluated here: leave it out",
+    "accelerator_config": "splits batches over processes, but token-budget batches are split already: leave it out",
+    "auto_find_batch_size": "halves a number of rows, but batches are made by tokens: use --check to see what fits",
+    "batch_eval_metrics": "scores batch by batch, but BLEU is computed over the whole set: leave it out",
+    "bf16_full_eval": "applies only to evaluation outside training, which no run does: leave it out",
     "enable_jit_checkpoint": "saves on SIGTERM, as every run does: leave it out",
-    "eval_do_concat_batches": "keeps batches apart, and BLEU is that of the whole set: leave it out",
-    "eval_use_gather_object": "gathers objects, and translations are gathered as tensors: leave it out",
-    "fp16_full_eval": "casts a model that is not being trained, and none is evaluated here: leave it out",
+    "eval_do_concat_batches": "keeps batches apart, but BLEU is computed over the whole set: leave it out",
+    "eval_use_gather_object": "gathers objects, but translations are gathered as tensors: leave it out",
+    "fp16_full_eval": "applies only to evaluation outside training, which no run does: leave it out",
     "generation_config": "names a file: set num_beams, length_penalty and max_new_tokens here",
-    "include_for_metrics": "is for metrics that read more than translations and references: leave it out",
-    "label_names": "names columns, and they are those of the model: leave it out",
+    "include_for_metrics": "is for metrics that need more than translations and references: leave it out",
+    "label_names": "names columns, but the model fixes them: leave it out",
     "label_smoothing_factor": "is the Trainer's slow smoothing, outside the model: set label_smoothing instead",
-    "length_column_name": "names a column, and lengths are counted: leave it out",
-    "liger_kernel_config": "is for kernels that this network has not: leave it out",
-    "parallelism_config": "is no text: leave it out, and configure accelerate (docs/distributed.md)",
+    "length_column_name": "names a column, but lengths are counted from the tokens: leave it out",
+    "liger_kernel_config": "configures kernels that this network does not have: leave it out",
+    "parallelism_config": "cannot be given as text: leave it out, and configure accelerate (docs/distributed.md)",
     "prediction_loss_only": "would leave no scores: set predict_with_generate to false to evaluate the loss alone",
-    "restore_callback_states_from_checkpoint": "is not needed: early stopping counts on where a run resumes",
-    "sortish_sampler": "belongs to another way to make batches: set train_sampling_strategy",
-    "use_liger_kernel": "is for kernels that this network has not: leave it out",
+    "restore_callback_states_from_checkpoint": "is not needed: early stopping restores its count anyway: leave it out",
+    "sortish_sampler": "belongs to another way of making batches: set train_sampling_strategy",
+    "use_liger_kernel": "enables kernels that this network does not have: leave it out",
 }
 # These also take the name of a JSON file.
 JSON_FILES = ("fsdp_config", "deepspeed")
-# The values that activation_checkpointing_kwargs may have: torch would refuse others at the first update.
+# The values allowed in activation_checkpointing_kwargs: torch would refuse others, but only at the first update.
 CHECKPOINTING = {"every_n_layers": range(1, 1000), "offload": (True, False), "use_reentrant": (True, False)}
 
-# What a number must be, in words -> the test, and the fields that it is for. With other numbers the Trainer, its
-# optimizer or numpy would fail later, after the data has been read or the model been trained, without the field's name.
+# Each limit in words -> its test, and the fields it applies to. Without it, the Trainer, its optimizer or numpy would
+# fail after reading the data or even after training, and would not name the field.
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda n: n >= 0,
@@ -81,19 +81,19 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
     "at least 1, or -1 to count epochs (num_train_epochs)": (lambda n: n >= 1 or n == -1, "max_steps"),
     "between 0 and 2**32 - 1": (lambda n: 0 <= n < 2**32, "seed data_seed"),
-    # A float must be able to hold a length to the power of it.
+    # length**length_penalty must not overflow a float.
     "between -50 and 50": (lambda n: -50 <= n <= 50, "length_penalty"),
 }
-# Whole numbers must be smaller: torch and numpy would fail, and would not name the field.
+# Integers must be below this: torch and numpy would fail without naming the field.
 LARGEST = 2**63
 
 
 def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
     """
-    Compares the numbers among the fields of any arguments with `LIMITS`. A field that is None was left out.
+    Checks all numeric fields against `LIMITS`. None means that the field was left out.
 
     Raises:
-        UserError: of that kind; it names the field, and what it must be.
+        UserError: a `kind` that names the field and its limit.
     """
     for words, (holds, names) in LIMITS.items():
         for name in names.split():
@@ -107,12 +107,12 @@ def check_numbers(arguments: Any, kind: type[UserError] = RecipeError) -> None:
 def refuse(values: Mapping[str, Any], rules: Iterable[Rule], kind: type[UserError] = RecipeError) -> None:
     """
     Args:
-        values: of all fields.
-        rules: of some of them.
-        kind: of the error.
+        values: the values of all fields.
+        rules: the rules to check.
+        kind: the class of the error.
 
     Raises:
-        UserError: of that kind: the first of the rules that is broken.
+        UserError: a `kind` for the first rule that is broken.
     """
     for name, is_wrong, reason in rules:
         if is_wrong:
@@ -121,22 +121,22 @@ def refuse(values: Mapping[str, Any], rules: Iterable[Rule], kind: type[UserErro
 
 def check_recipe(recipe: Recipe) -> None:
     """
-    Checks fields of different groups against each other, when all have been read.
+    Checks fields of different groups against each other, after all have been read.
 
     Raises:
-        RecipeError: they do not go together.
+        RecipeError: two fields exclude each other.
     """
     model, tokenizer, data, _, training, _ = recipe
     rules: list[Rule] = [
         (
             "tokenizer",
             model.model and tokenizer.tokenizer,
-            f"does not go with model={model.model}, which brings its own: leave it out",
+            f"does not go with model={model.model}, which has its own: leave it out",
         ),
         (
             "lora_rank",
             training.lora_rank and not model.model,
-            "adapts a model that is there already: name it by model, or leave it out",
+            "adapts an existing model: name it by model, or leave it out",
         ),
     ]
     if data.streaming:
@@ -154,30 +154,30 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _rules_of_streams(data: DataArguments, training: TrainingArguments) -> Iterator[Rule]:
-    """What a stream of training rows cannot do."""
+    """What streaming excludes."""
     budget = training.per_device_train_batch_tokens
     rules: list[Rule] = [
-        ("max_steps", training.max_steps <= 0, "a stream has no length: say after how many updates the run ends"),
+        ("max_steps", training.max_steps <= 0, "a stream has no length: set the number of updates"),
         (
             "train_sampling_strategy",
             training.train_sampling_strategy != "token_budget",
-            "batches of a stream are made by tokens: set token_budget",
+            "streamed batches are made by tokens: set token_budget",
         ),
         ("eval_strategy", training.eval_strategy == "epoch", "a stream has no epochs: set steps, and eval_steps"),
         ("save_strategy", training.save_strategy == "epoch", "a stream has no epochs: set steps, and save_steps"),
-        ("dataloader_num_workers", training.dataloader_num_workers > 0, "a stream reads ahead by a thread: set 0"),
+        ("dataloader_num_workers", training.dataloader_num_workers > 0, "a stream is read ahead by a thread: set 0"),
         ("ignore_data_skip", training.ignore_data_skip, "a stream resumes where it stopped, at no cost: set false"),
         (
             "dataset",
             (data.dataset or "").startswith("phrasebook:"),
-            "the phrasebook is small, and made in memory: set streaming to false",
+            "the phrasebook is small and made in memory: set streaming to false",
         ),
         (
             "drop_duplicates",
             data.drop_duplicates,
-            "it needs all rows that came before in memory: leave duplicates out of the data beforehand",
+            "it would have to keep all earlier rows in memory: remove duplicates from the data beforehand",
         ),
-        ("bpe_dropout", data.bpe_dropout > 0, "it cuts rows that stay in memory: set 0"),
+        ("bpe_dropout", data.bpe_dropout > 0, "it needs rows that stay in memory: set 0"),
         ("max_source_length", data.max_source_length > budget, f"no batch of {budget} tokens holds such a row"),
         ("max_target_length", data.max_target_length > budget, f"no batch of {budget} tokens holds such a row"),
     ]
@@ -187,10 +187,10 @@ def _rules_of_streams(data: DataArguments, training: TrainingArguments) -> Itera
 
 def check_data(data: DataArguments) -> None:
     """
-    Checks the fields that say where text is and which of it is taken, before any is read.
+    Checks the fields that locate and filter the text, before any is read.
 
     Raises:
-        DataError: the data is named twice or not at all, or a field has no such value.
+        DataError: the data is given twice or not at all, or a value is invalid.
     """
     named = [name for name in ("train_file", "validation_file", "test_file") if getattr(data, name)]
     if data.dataset and named:
@@ -204,7 +204,7 @@ def check_data(data: DataArguments) -> None:
         (
             "max_length_ratio",
             ratio is not None and not ratio >= 1,
-            "must be at least 1: it is the tokens of the longer side over those of the shorter",
+            "must be at least 1: it is the longer side's number of tokens divided by the shorter side's",
         ),
     ]
     refuse(vars(data), rules, DataError)
@@ -212,10 +212,10 @@ def check_data(data: DataArguments) -> None:
 
 def check_decoding(arguments: Any) -> None:
     """
-    Checks how translations are made and scored: DecodingArguments, or EvaluationArguments.
+    Checks the fields of decoding and scoring, in DecodingArguments or EvaluationArguments.
 
     Raises:
-        RecipeError: a number is out of its limits, or sacrebleu has no such tokenizer.
+        RecipeError: a number is outside its limits, or sacrebleu has no such tokenizer.
     """
     check_numbers(arguments)
     if arguments.bleu_tokenize is not None:
@@ -234,16 +234,16 @@ def check_bleu_tokenizer(name: str) -> None:
     except KeyError:
         known = ", ".join(sacrebleu.BLEU.TOKENIZERS)
         raise RecipeError(f"bleu_tokenize={name!r} is unknown: choose one of {known}") from None
-    except (ImportError, RuntimeError, OSError) as error:  # it wants a package, or a file that it cannot download
+    except (ImportError, RuntimeError, OSError) as error:  # a package is missing, or a download failed
         raise RecipeError(f"bleu_tokenize={name} cannot be used here: {' '.join(str(error).split())}") from error
 
 
 def check_training_as_told(args: TrainingArguments) -> None:
     """
-    Checks TrainingArguments before transformers reads them, which would fail without the field's name, or later.
+    Checks TrainingArguments before transformers does, which would fail later or without naming the field.
 
     Raises:
-        RecipeError: a field has no such value, or fields do not go together.
+        RecipeError: a value is invalid, or two fields exclude each other.
     """
     check_numbers(args)
     defaults = {
@@ -267,46 +267,46 @@ def _check_json(args: TrainingArguments) -> None:
         if not isinstance(text, str) or (name in JSON_FILES and not text.startswith("{")):
             continue
         try:
-            told = json.loads(text)
+            options = json.loads(text)
         except ValueError as error:
             raise RecipeError(f'{name}={text} must be JSON, {{"option": value}}: {error}') from error
-        if not isinstance(told, dict):
+        if not isinstance(options, dict):
             raise RecipeError(f'{name}={text} must be JSON of the form {{"option": value}}')
         if name.endswith("checkpointing_kwargs"):
-            _check_checkpointing(name, told, args.use_cpu)
+            _check_checkpointing(name, options, args.use_cpu)
 
 
-def _check_checkpointing(name: str, told: dict[str, Any], use_cpu: bool) -> None:
+def _check_checkpointing(name: str, options: dict[str, Any], use_cpu: bool) -> None:
     """Refuses options of activation checkpointing that torch would refuse at the first update."""
-    for option, value in told.items():
+    for option, value in options.items():
         known = (False,) if option == "offload" and use_cpu else CHECKPOINTING.get(option, ())
         if value not in known:
             raise RecipeError(
-                f"{name}: {option}={value} is not to be had: every_n_layers is a number from 1, use_reentrant true "
-                "or false, and so is offload, which needs a GPU"
+                f"{name}: {option}={value} is not possible: every_n_layers must be at least 1, use_reentrant and "
+                "offload true or false, and offload needs a GPU"
             )
 
 
 def _rules_of_loading(args: TrainingArguments) -> list[Rule]:
-    """What does not go with batches by tokens, with the number of workers, or with this machine."""
+    """What token-budget batches, the number of workers, or this machine exclude."""
     by_tokens, workers = args.train_sampling_strategy == "token_budget", args.dataloader_num_workers
-    no_workers = "is for processes that load data, and dataloader_num_workers=0 has none: raise it, or leave this out"
+    no_workers = "is for processes that load data, but dataloader_num_workers=0: raise it, or leave this out"
     return [
         (
             "per_device_train_batch_size",
             by_tokens and args.per_device_train_batch_size != 8,
-            "counts rows, and batches are made by tokens: set per_device_train_batch_tokens instead (or "
+            "counts rows, but batches are made by tokens: set per_device_train_batch_tokens instead (or "
             "train_sampling_strategy=random)",
         ),
         (
             "per_device_eval_batch_size",
             args.per_device_eval_batch_size != 8,
-            "counts rows, and batches are made by tokens: set per_device_eval_batch_tokens instead",
+            "counts rows, but batches are made by tokens: set per_device_eval_batch_tokens instead",
         ),
         (
             "dataloader_drop_last",
             by_tokens and args.dataloader_drop_last,
-            "drops an incomplete batch, and batches by tokens are never incomplete: leave it out",
+            "drops an incomplete last batch, but token-budget batches are never incomplete: leave it out",
         ),
         ("dataloader_persistent_workers", args.dataloader_persistent_workers and not workers, no_workers),
         (
@@ -317,27 +317,27 @@ def _rules_of_loading(args: TrainingArguments) -> list[Rule]:
         (
             "ddp_backend",
             args.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1,
-            "is for several processes, and this is a single one: leave it out",
+            "is for several processes, but this run has one: leave it out",
         ),
         ("debug", "tpu_metrics_debug" in (args.debug or ()), "is for TPUs: leave it out"),
         ("fp16", args.fp16 and args.use_cpu, "needs a GPU: leave it out, or set bf16 to auto"),
         (
             "fsdp_config",
             args.fsdp_config and not args.fsdp,
-            "tunes fsdp, which is off: set fsdp to true, or leave it out",
+            "configures fsdp, which is off: set fsdp to true, or leave it out",
         ),
     ]
 
 
 def _rules_of_the_compiler(args: TrainingArguments) -> Iterator[Rule]:
-    """What torch.compile does not know, which it would say at the first update."""
+    """Unknown values for torch.compile, which would fail only at the first update."""
     known = {}
     if args.torch_compile_backend is not None:
         from accelerate.utils import DynamoBackend
 
         known["torch_compile_backend"] = [name.lower() for name in DynamoBackend.list()]
     if args.torch_compile_mode is not None:
-        from torch._inductor import list_mode_options  # takes its time
+        from torch._inductor import list_mode_options  # slow to import
 
         known["torch_compile_mode"] = list(list_mode_options())
     for name, choices in known.items():
@@ -346,12 +346,12 @@ def _rules_of_the_compiler(args: TrainingArguments) -> Iterator[Rule]:
 
 def check_training(args: TrainingArguments) -> None:
     """
-    Checks TrainingArguments as transformers has read them.
+    Checks TrainingArguments after transformers has completed them.
 
     Raises:
-        RecipeError: fields do not go together, or would publish what nobody should see.
+        RecipeError: two fields exclude each other, or would publish a secret or a pickle.
     """
-    several = "shards a model over processes, and this is a single one: leave it out, or start several by accelerate "
+    several = "shards a model over processes, but this run has one: leave it out, or start several by accelerate "
     refuse(
         vars(args),
         [
@@ -360,25 +360,25 @@ def check_training(args: TrainingArguments) -> None:
         ],
     )
     _check_trackers(args)
-    # Its value is a secret, and is not shown.
+    # The message must not show its value, a secret.
     if args.hub_token is not None:
         raise RecipeError(
-            "hub_token would be written into recipe.yaml and the model card, for everyone to read: leave it out, "
-            "and log in by `hf auth login`, or set the environment's HF_TOKEN"
+            "hub_token would be published in recipe.yaml and the model card: leave it out, and log in by "
+            "`hf auth login` or set the environment variable HF_TOKEN"
         )
     pickles = args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-    remedy = "set every_save, which pushes the model of each checkpoint, or end"
+    remedy = "set every_save, which pushes each checkpoint's model, or end"
     refuse(vars(args), [("hub_strategy", pickles, f"would push the optimizer's state and other pickles: {remedy}")])
 
 
 def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
-    """What cannot decide together which weights the run ends with."""
+    """Fields that contradict each other about the run's final weights."""
     mean, limit = args.average_checkpoints, args.save_total_limit
     return [
         (
             "average_checkpoints",
             mean and limit and mean > limit,
-            f"is more than are kept: save_total_limit={limit} must be at least as many",
+            f"is more than the checkpoints that are kept: raise save_total_limit={limit} to at least as many",
         ),
         (
             "average_checkpoints",
@@ -389,12 +389,12 @@ def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
         (
             "average_checkpoints",
             mean and args.ema_decay is not None,
-            f"ends with one mean of weights, ema_decay={args.ema_decay} with another: leave one of them out",
+            f"and ema_decay={args.ema_decay} both average the weights: leave one of them out",
         ),
         (
             "average_checkpoints",
             mean and args.lora_rank,
-            f"needs whole models, and checkpoints with lora_rank={args.lora_rank} hold adapters only: leave it out, or "
+            f"needs whole models, but checkpoints with lora_rank={args.lora_rank} hold adapters only: leave it out, or "
             "set ema_decay instead",
         ),
         (
@@ -405,30 +405,30 @@ def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
         (
             "early_stopping_patience",
             args.early_stopping_patience and (args.eval_strategy == "no" or not args.metric_for_best_model),
-            f"has no score to follow with eval_strategy={IntervalStrategy(args.eval_strategy).value} and "
+            f"needs a score, but eval_strategy={IntervalStrategy(args.eval_strategy).value} and "
             f"metric_for_best_model={args.metric_for_best_model}: set both",
         ),
     ]
 
 
 def _check_trackers(args: TrainingArguments) -> None:
-    """Refuses a tracker that is unknown or not installed: transformers would say so when everything is prepared."""
+    """Refuses a tracker that is unknown or not installed. transformers would do so only after all preparation."""
     from transformers.integrations import get_available_reporting_integrations
 
     installed = get_available_reporting_integrations()
     for name in args.report_to or []:
         if name not in installed:
             raise RecipeError(
-                f"report_to={name} is no tracker that is installed here: choose among {', '.join(installed)}, none"
+                f"report_to={name} is not an installed tracker: choose among {', '.join(installed)}, none"
             )
 
 
 def check_sharding(args: TrainingArguments, sharded: bool) -> None:
     """
-    Checks what needs the whole model, when it is known whether FSDP or DeepSpeed shards it over the processes.
+    Checks the fields that need the whole model, once it is known whether FSDP or DeepSpeed shards it.
 
     Raises:
-        RecipeError: `ema_decay` or `lora_rank` with a model that is sharded.
+        RecipeError: `ema_decay` or `lora_rank` with a sharded model.
     """
     remedy = "needs every process to hold the whole model: leave it out, or train without FSDP and DeepSpeed"
     names = ("ema_decay", "lora_rank")
@@ -437,42 +437,42 @@ def check_sharding(args: TrainingArguments, sharded: bool) -> None:
 
 def check_fields(args: TrainingArguments, has_validation: bool) -> Iterator[Finding]:
     """
-    Whether evaluation, checkpoints and averages go together, when it is known whether there is data to evaluate.
+    Checks evaluation, checkpoints and averages against each other, once it is known whether there is validation data.
 
     Args:
-        args: of the run.
+        args: the run's arguments.
         has_validation: whether there is a validation split.
     """
     chooses = args.load_best_model_at_end or args.early_stopping_patience or args.save_strategy == "best"
     if args.eval_strategy != "no" and not has_validation:
         yield error(
             "fields",
-            f"eval_strategy={IntervalStrategy(args.eval_strategy).value}, without a validation split: name one by "
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value} needs a validation split: give "
             "validation_file, or set eval_strategy=no and load_best_model_at_end=false",
         )
     if args.eval_on_start and not has_validation:
-        yield error("fields", "eval_on_start=true, without a validation split: name validation_file, or leave it out")
+        yield error("fields", "eval_on_start=true needs a validation split: give validation_file, or leave it out")
     if args.save_only_model and args.save_strategy != "no":
         yield warning(
             "fields",
-            "save_only_model=true leaves the states of the optimizer and the schedule out of checkpoints: this run "
+            "save_only_model=true saves checkpoints without the states of the optimizer and the schedule: this run "
             "cannot be resumed",
         )
     if args.learning_rate is None and args.warmup_steps < 1:
         yield error(
             "fields",
-            f"learning_rate is left out, and the paper's peak is (d_model * warmup_steps)**-0.5, which warmup_steps="
-            f"{args.warmup_steps:g} makes no sense of: set learning_rate, or warmup_steps of at least 1",
+            f"learning_rate defaults to the paper's (d_model * warmup_steps)**-0.5, which needs a warmup_steps of "
+            f"at least 1, not {args.warmup_steps:g}: set either",
         )
     if chooses and args.deciding_metric not in ("loss", "perplexity") and not args.predict_with_generate:
         yield error(
             "fields",
-            f"metric_for_best_model={args.deciding_metric} scores translations, and predict_with_generate=false makes "
-            "none: set it to true, or choose by loss",
+            f"metric_for_best_model={args.deciding_metric} needs translations, but predict_with_generate=false makes "
+            "none: set it to true, or set metric_for_best_model=loss",
         )
     if args.early_stopping_patience and not (args.load_best_model_at_end or args.average_checkpoints):
         yield warning(
             "fields",
-            "early_stopping_patience ends the run after its best checkpoint, and load_best_model_at_end=false keeps "
+            "early_stopping_patience ends the run after its best checkpoint, but load_best_model_at_end=false keeps "
             "the last: set it to true",
         )

@@ -296,10 +296,10 @@ FC1 = "model.encoder.layers.0.fc1.weight"
     [
         (lying_header, "cannot convert"),
         (change_weights(lambda state: state.pop(FC1)), f"{FC1} is missing"),
-        (change_weights(lambda state: state.update(more=torch.zeros(2))), "there is no place for more"),
+        (change_weights(lambda state: state.update(more=torch.zeros(2))), "more is unexpected"),
         (
             change_weights(lambda state: state.update({FC1: torch.zeros(5, 16)})),
-            "is [5, 16], where [24, 16] is expected",
+            "is [5, 16], but [24, 16] is expected",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     ],

@@ -115,7 +115,7 @@ def test_a_recipe_that_cannot_be_read_is_named_before_anything_is_translated(rec
 
 def test_a_closed_output_would_lose_the_scores(run, monkeypatch):
     monkeypatch.setattr("sys.__stdout__", None)
-    with pytest.raises(UserError, match="the standard output is closed, and scores would be lost"):
+    with pytest.raises(UserError, match="the standard output is closed, so the scores would be lost"):
         main([str(run), "--dataset", "phrasebook:en-de"])
 
 

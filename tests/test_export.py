@@ -136,7 +136,7 @@ def test_another_model_or_none_is_refused(make_model, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     SCRIPT.main(["runs/quickstart", "--format", "marian", "--output", "marian"])
     assert type(AutoModelForSeq2SeqLM.from_pretrained("marian")).__name__ == "MarianMTModel"
-    refused(["marian", "--format", "onnx", "--output", "new"], "config.json is that of a model_type 'marian'", capsys)
+    refused(["marian", "--format", "onnx", "--output", "new"], "config.json has model_type='marian'", capsys)
     refused(["nowhere", "--format", "onnx", "--output", "new"], "cannot load the model 'nowhere'", capsys)
     assert not Path("new").exists()
 

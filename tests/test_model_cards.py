@@ -178,4 +178,4 @@ class TestTheMachineInWords:
         monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
         assert re.fullmatch(rf"Some CPU(?: \(family \d+\))?, 1 core: {re.escape(sets)}", processor())
         monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-        assert processor().endswith("(torch is told to use avx2 only)")
+        assert processor().endswith("(torch is limited to avx2)")

@@ -156,7 +156,7 @@ def test_a_fault_of_the_program_is_one_line_and_its_traceback_is_kept(capsys):
         run_program(fails, [])
     assert ended.value.code == 1
     line = capsys.readouterr().err
-    assert line.startswith("error: KeyError: 'beta1' (a fault of the program; its traceback is in ")
+    assert line.startswith("error: KeyError: 'beta1' (this is a bug; the traceback is in ")
     assert line.count("\n") == 1
     kept = Path(line.split()[-1].rstrip(")"))
     assert 'raise KeyError("beta1")' in kept.read_text()

@@ -1,13 +1,13 @@
-"""What the user of a program got wrong. Each module's own errors are kinds of these."""
+"""Errors that the user can correct. Each module's own errors are subclasses of these."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's. The message says what was found and what would be right."""
+    """A mistake of the user. The message says what was found and what would be right."""
 
 
 class RecipeError(UserError):
-    """A recipe or a command line that cannot be followed."""
+    """A recipe or a command line with a wrong field or value."""
 
 
 class DataError(UserError):
-    """Data that cannot be used: where it is (file, row, column), what was found, and what would be right."""
+    """Unusable data. The message says where (file, row, column), what was found, and what would be right."""

@@ -1,6 +1,6 @@
 """Scores a saved model: `vanilla-transformer evaluate MODEL --test_file SOURCE TARGET`.
 
-Any data that training takes will do: `--dataset phrasebook:en-de`, a Hub dataset, files.
+It takes the same data as training: files, a Hub dataset, or `--dataset phrasebook:en-de`.
 """
 
 import json
@@ -25,17 +25,16 @@ from .translator import translate
 
 @dataclass
 class EvaluationArguments:
-    """What to score, and how to translate. Decoding options that are left out are the model's own."""
+    """What to score, and how to translate. Decoding options default to the model's own."""
 
     split: str = field(default="test", metadata={"help": "train, validation or test"})
-    batch_tokens: int = field(
-        default=4096, metadata={"help": "source tokens, padding included, of sentences translated together"}
-    )
-    num_beams: int | None = field(default=None, metadata={"help": "width of the beam"})
+    batch_tokens: int = field(default=4096, metadata={"help": "maximum source tokens of a batch, padding included"})
+    num_beams: int | None = field(default=None, metadata={"help": "beam size"})
     length_penalty: float | None = field(default=None, metadata={"help": "transformers' length_penalty"})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "longest translation in tokens"})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "maximum length of a translation in tokens"})
     bleu_tokenize: str | None = field(
-        default=None, metadata={"help": "sacrebleu's tokenizer for BLEU (default: that of the model's run, else 13a)"}
+        default=None,
+        metadata={"help": "sacrebleu's tokenizer for BLEU (default: from the model's recipe.yaml, else 13a)"},
     )
     output_file: str | None = field(default=None, metadata={"help": "write the scores here as JSON"})
 
@@ -50,13 +49,13 @@ class EvaluationArguments:
 
 def bleu_tokenizer_of(model: str) -> tuple[str, str]:
     """
-    By which of sacrebleu's tokenizers a model's run was scored: BLEU by another is not to be compared with it.
+    The sacrebleu tokenizer with which a model's run was scored. BLEU with another is not comparable.
 
     Args:
-        model: folder or Hub name. A checkpoint is its run's.
+        model: folder or Hub name. For a checkpoint, its run's folder is read.
 
     Returns:
-        The name, and where it is from, in words: the run's recipe.yaml, or, where there is none, the default.
+        The name, and its origin in words: the run's recipe.yaml or, if there is none, the default.
 
     Raises:
         UserError: the recipe.yaml cannot be read, or names a tokenizer that cannot be used here.
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> None:
     if arguments.output_file:
         make_sure_of_file("output_file", arguments.output_file)
     elif sys.__stdout__ is None:
-        raise UserError("the standard output is closed, and scores would be lost: name a file by --output_file")
+        raise UserError("the standard output is closed, so the scores would be lost: name a file by --output_file")
 
     pairs = load_pairs(data)
     if arguments.split not in pairs:

@@ -1,6 +1,7 @@
 """
-Writes files and folders so that a crash, or a loss of power, leaves the old or the new, whole: each is written beside
-its place, brought to the disk, and then renamed. And asks, before any work is done, whether that will be possible.
+Writes files and folders atomically: after a crash or a power loss, either the old version or the new one is there,
+complete. Each is written to a temporary path beside its place, synced to disk (fsync), and renamed. Other functions
+check, before any work is done, that writing will be possible.
 """
 
 import os
@@ -16,8 +17,8 @@ from .errors import UserError
 @contextmanager
 def beside(path: str | Path) -> Iterator[Path]:
     """
-    Gives a path, `PATH.part`, at which to write a file or to make a folder. After the `with` it is renamed to `path`;
-    if an error is raised inside, it is removed.
+    Yields a temporary path, `PATH.part`, for a file or a folder. After the `with` it is renamed to `path`; after an
+    error it is removed.
     """
     part = Path(f"{path}.part")
     try:
@@ -29,14 +30,14 @@ def beside(path: str | Path) -> Iterator[Path]:
 
 
 def put_in_place(part: Path, path: Path) -> None:
-    """Renames a file or a folder, after all of it is on the disk. A file takes the place of an older one."""
+    """Syncs a file or a folder to disk, then renames it. A file replaces an older one."""
     to_disk(part)
     os.replace(part, path)
     to_disk(path.parent, recursive=False)
 
 
 def to_disk(path: Path, recursive: bool = True) -> None:
-    """Returns when a file, or a folder with all that it holds, would survive a loss of power (fsync)."""
+    """Syncs a file, or a folder and its contents, to disk (fsync), so that it survives a power loss."""
     if recursive and path.is_dir():
         for inside in path.iterdir():
             to_disk(inside)
@@ -55,7 +56,7 @@ def _remove(path: Path) -> None:
 
 
 def write_beside(path: str | Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
+    """Writes a text file in UTF-8, atomically."""
     with beside(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -63,7 +64,7 @@ def write_beside(path: str | Path, text: str) -> None:
 @contextmanager
 def new_folder(option: str, path: str | Path) -> Iterator[Path]:
     """
-    Makes a folder to write into inside the `with`, and renames it to `path` after that: `path` is whole or not there.
+    Yields a new temporary folder, and renames it to `path` after the `with`: `path` is complete or missing.
 
     Raises:
         UserError: `path` exists, or no folder can be made there. The message names the option.
@@ -72,7 +73,7 @@ def new_folder(option: str, path: str | Path) -> Iterator[Path]:
         str(path).encode()  # tokenizers would fail
         if os.path.lexists(path):
             raise UserError(f"{option}={path} exists: choose another, or delete it first")
-        shutil.rmtree(f"{path}.part", ignore_errors=True)  # of a program that was killed
+        shutil.rmtree(f"{path}.part", ignore_errors=True)  # left by a killed program
         Path(f"{path}.part").mkdir(parents=True)
     with beside(path) as part:
         yield part
@@ -80,10 +81,10 @@ def new_folder(option: str, path: str | Path) -> Iterator[Path]:
 
 def make_folder(option: str, path: str | Path, kind: type[UserError] = UserError) -> None:
     """
-    Makes a folder, where it is not there, and makes sure that it can be written into.
+    Creates a folder if it is missing, and checks that it is writable.
 
     Raises:
-        UserError: of that kind: it cannot. The message names the option.
+        UserError: a `kind`: it is not. The message names the option.
     """
     with refusing(option, path, kind):
         os.makedirs(path, exist_ok=True)
@@ -93,10 +94,10 @@ def make_folder(option: str, path: str | Path, kind: type[UserError] = UserError
 
 def make_sure_of_folder(option: str, path: str | Path) -> None:
     """
-    Checks, before any work is done, that a folder at `path` can be written into, or made. Makes none.
+    Checks, before any work is done, that the folder `path` is writable or can be created. Does not create it.
 
     Raises:
-        UserError: it cannot. The message names the option.
+        UserError: it is not. The message names the option.
     """
     with refusing(option, path):
         str(path).encode()  # tokenizers would fail
@@ -107,7 +108,7 @@ def make_sure_of_folder(option: str, path: str | Path) -> None:
 
 def make_sure_of_file(option: str, path: str | Path) -> None:
     """
-    Checks, before any work is done, that `write_beside` can write this file. A file that is there stays as it is.
+    Checks, before any work is done, that `write_beside` can write this file. An existing file is not changed.
 
     Raises:
         UserError: it cannot. The message names the option.
@@ -125,10 +126,10 @@ def make_sure_of_file(option: str, path: str | Path) -> None:
 @contextmanager
 def refusing(option: str, path: str | Path, kind: type[UserError] = UserError) -> Iterator[None]:
     """
-    Turns what the file system raises, when it refuses to write, into an error of the user's.
+    Turns errors of the file system into a UserError.
 
     Raises:
-        UserError: of that kind. The message names the option.
+        UserError: a `kind`. The message names the option.
     """
     try:
         yield

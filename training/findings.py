@@ -1,4 +1,4 @@
-"""What the checks before a run have found: good news, warnings, and errors, for which the run does not start."""
+"""The findings of the checks before a run: ok, warning, or error. After an error the run does not start."""
 
 import logging
 import textwrap
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreflightError(UserError):
-    """A run that would fail later: which fields, what was found, and what would be right."""
+    """A run that would fail later. The message says which fields, what was found, and what would be right."""
 
 
 class Finding(NamedTuple):
@@ -41,7 +41,7 @@ def require(findings: list[Finding]) -> None:
 
 
 def errors(findings: list[Finding]) -> list[str]:
-    """The texts of those that are errors."""
+    """The texts of the errors among the findings."""
     return [finding.text for finding in findings if finding.verdict == "error"]
 
 

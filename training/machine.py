@@ -1,4 +1,4 @@
-"""The machine: in words, for model cards and benchmarks; how fast it reads memory; and how much memory it has."""
+"""Describes the machine for model cards and benchmarks: hardware, memory, and how fast it reads memory."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import psutil
 import torch
 
 
-# What decides how fast products are: torch's names, and those that people know. VNNI has two encodings.
+# Instruction sets that decide the speed of matrix products -> torch's names for them. VNNI has two encodings.
 X86 = {
     "AVX2": ("avx2",),
     "FMA": ("fma3",),
@@ -24,7 +24,7 @@ X86 = {
     "AMX": ("amx_tile",),
 }
 ARM = {"NEON": ("neon",), "dot products": ("dot",), "i8mm": ("i8mm",), "bfloat16": ("bf16",), "SVE": ("sve",)}
-# Larger than the caches of a server's processor that one process gets.
+# Larger than the caches of a server processor.
 READ_BYTES = 1 << 29
 
 
@@ -39,7 +39,7 @@ def machine() -> str:
 
 
 def threads_of_processor() -> str:
-    """The processor in words, and how many threads torch has there."""
+    """The processor in words, and torch's number of threads."""
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''} of {processor()}"
 
@@ -60,19 +60,19 @@ def processor() -> str:
     has = [words for words, names in known.items() if any(capabilities.get(name) for name in names)]
     lacks = [words for words in known if words not in has]
     sets = "; ".join([", ".join(has)] * bool(has) + [f"no {', '.join(lacks)}"] * bool(lacks))
-    told = os.environ.get("ATEN_CPU_CAPABILITY")
-    limit = f" (torch is told to use {told} only)" if told else ""
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    limit = f" (torch is limited to {capability})" if capability else ""
     return f"{name}{family}, {cores} core{'s' if cores > 1 else ''}: {sets}{limit}"
 
 
 def read_rate() -> float:
-    """Bytes a second that all threads together read from an array much larger than the caches, as memory gives now."""
+    """Memory bandwidth: bytes per second that all threads together read from an array much larger than the caches."""
     array = torch.ones(READ_BYTES // 4)
     return READ_BYTES / fastest(array.sum)
 
 
 def fastest(work: Callable[[], object], seconds: float = 0.5) -> float:
-    """Seconds of the fastest of several calls, made for half a second, after one that is not counted."""
+    """Seconds of the fastest call, among as many as fit in `seconds`, after one warm-up call."""
     work()
     times: list[float] = []
     while sum(times) < seconds:
@@ -83,18 +83,18 @@ def fastest(work: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory of an accelerator that has its own, or of the machine."""
+    """Total memory in bytes: the accelerator's, if it has its own, else the machine's."""
     counts = memory_counts(device)
     return counts.mem_get_info(device)[1] if counts else psutil.virtual_memory().total
 
 
 def memory_counts(device: torch.device) -> Any:
-    """torch's module for a device that counts memory of its own (CUDA, XPU); None where it is the machine's."""
+    """torch's module for a device that has its own memory (CUDA, XPU); None if it uses the machine's."""
     module = torch.get_device_module(device)
     return module if hasattr(module, "mem_get_info") else None
 
 
 def peak_resident() -> int:
-    """The most bytes of memory that this process has held."""
+    """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

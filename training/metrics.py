@@ -1,6 +1,6 @@
 """Scores of translations: BLEU, chrF, TER (sacrebleu, Post 2018) and exact match, as one `evaluate.Metric`.
 
-It needs no download: `evaluate.load("sacrebleu")` fetches a script from the Hub, this does not.
+It needs no download, unlike `evaluate.load("sacrebleu")`, which fetches a script from the Hub.
 """
 
 import datasets
@@ -16,11 +16,11 @@ INPUTS = """
 Args:
     predictions: translations, one string each.
     references: one reference string for each prediction.
-    tokenize: sacrebleu's tokenizer for BLEU, "13a" by default, "none" for text that is tokenised already.
+    tokenize: sacrebleu's tokenizer for BLEU, "13a" by default, "none" for text that is already tokenised.
 
 Returns:
-    bleu, chrf, ter and exact_match, all from 0 to 100 (TER may exceed it, and is the only one where less is better),
-    and the sacrebleu signatures of the first three.
+    bleu, chrf, ter and exact_match, from 0 to 100, and the sacrebleu signatures of the first three. TER may exceed 100,
+    and is the only one where lower is better.
 """
 
 
@@ -28,7 +28,7 @@ class TranslationMetrics(evaluate.Metric):
     """`TranslationMetrics().compute(predictions=[...], references=[...])` gives all scores at once."""
 
     def __init__(self):
-        # No folder is written, which could fail after all has been translated (`HF_HOME` on a read-only file system).
+        # Writing a cache folder could fail after all the translating (`HF_HOME` on a read-only file system).
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
@@ -46,7 +46,7 @@ class TranslationMetrics(evaluate.Metric):
     def _compute(self, predictions: list[str], references: list[str], tokenize: str = "13a") -> dict[str, float | str]:
         scores: dict[str, float | str] = {}
         metrics = {
-            # Text that is tokenised on purpose needs no warning that it is (`force`).
+            # `force` turns off the warning about tokenised text, which is intended here.
             "bleu": sacrebleu.BLEU(tokenize=tokenize, force=tokenize == "none"),
             "chrf": sacrebleu.CHRF(),
             "ter": sacrebleu.TER(),

@@ -1,4 +1,4 @@
-"""How programs end at a shell: streams, exit status, and one line in place of a traceback."""
+"""Runs a program for the shell: standard streams, exit status, and one line instead of a traceback."""
 
 import errno
 import io
@@ -16,12 +16,12 @@ from .errors import UserError
 from .threads import fit_threads
 
 
-# What a file system refuses, for no fault of the program.
+# Errors of the file system that are not the program's fault.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED_BY_SYSTEM = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
-# The packages that an extra of ours brings, as they are imported.
+# The packages that each of our extras installs, by their import names.
 EXTRAS = {
     "train": (
         "accelerate", "babel", "datasets", "evaluate", "ftfy", "matplotlib", "peft", "psutil", "yaml", "sacrebleu",
@@ -34,16 +34,16 @@ EXTRAS = {
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """
-    Runs a program as people at a shell expect it to end.
+    Runs a program and ends it as shells expect, with at most one line on stderr:
 
-    A mistake of the user's, or a file system that refuses, ends it with one line and exit status 2. A fault of the
-    program's own ends it with one line and 1; the traceback is in a file that the line names, and on the screen with
-    `--verbose`. Ctrl-C ends it with one line and 130, a pipe that nobody reads any more (`| head -1`) without a word
-    and with 141.
+    - a mistake of the user, or an error of the file system: exit status 2;
+    - a bug: exit status 1, and the traceback in a file that the line names, or on the screen with `--verbose`;
+    - Ctrl-C: exit status 130;
+    - a closed pipe (`| head -1`): exit status 141, without a line.
 
     Args:
         main: the program.
-        argv: its command line. `--verbose` is taken out of it.
+        argv: its command line. `--verbose` is removed from it.
     """
     verbose = "--verbose" in argv
     _prepare_streams()
@@ -58,11 +58,11 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
             _end(141)
         if verbose:
             raise
-        _end(*_told(error))
+        _end(*_status_and_line(error))
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """The exit status that an error has, and the line that tells of it."""
+def _status_and_line(error: Exception) -> tuple[int, str]:
+    """The exit status for an error, and the line that reports it."""
     words = " ".join(str(error).split())
     if isinstance(error, (UserError, StrictDataclassError)):
         return 2, f"error: {words}"
@@ -75,13 +75,13 @@ def _told(error: Exception) -> tuple[int, str]:
                 return 2, f"error: the package {package} is not installed: pip install 'vanilla-transformer[{extra}]'"
     with tempfile.NamedTemporaryFile("w", prefix="vanilla-transformer-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)
-    return 1, f"error: {type(error).__name__}: {words} (a fault of the program; its traceback is in {file.name})"
+    return 1, f"error: {type(error).__name__}: {words} (this is a bug; the traceback is in {file.name})"
 
 
 def _prepare_streams() -> None:
     """
-    Opens the standard streams that the caller has closed on the null device, since libraries write to them; Python's
-    own `sys.__stdout__` stays None. Characters that the terminal's encoding lacks are written as escapes.
+    Redirects closed standard streams to the null device, since libraries write to them; `sys.__stdout__` stays None.
+    Characters that the terminal's encoding lacks are written as escapes.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -92,14 +92,14 @@ def _prepare_streams() -> None:
 
 
 def _is_unread(descriptor: int) -> bool:
-    """Whether this is a pipe that nobody reads any more."""
+    """Whether this is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _end(status: int, message: str | None = None) -> NoReturn:
-    """Ends the program. What can no longer be written is dropped, where Python would complain of it."""
+    """Ends the program. Output that can no longer be written is dropped; Python would print an error about it."""
     for descriptor, stream, text in ((1, sys.stdout, None), (2, sys.stderr, message)):
         try:
             if text is not None:

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: its scores, and the files metrics.json, loss_curve.png and README.md."""
+"""Scores a finished run, and writes its metrics.json, loss_curve.png and README.md."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from .settings.recipe import Recipe, lasting, public
 from .translator import translate
 
 
-# Translations that are shown at the end of a run.
+# Example translations shown at the end of a run.
 SHOWN = 5
 
 
@@ -29,19 +29,19 @@ def score_run(
     Scores the model on held-out text.
 
     Returns:
-        What metrics.json holds, and some examples: source, translation and reference.
+        The contents of metrics.json, and some examples: source, translation and reference.
     """
     split = next(name for name in ("test", "validation", "train") if name in pairs)
     sources, references = list(pairs[split]["source"]), list(pairs[split]["target"])
     tokenizer, batch_tokens = trainer.processing_class, recipe.training.per_device_eval_batch_tokens
     translations = translate(model, tokenizer, sources, batch_tokens)
-    told = public(recipe.given)
+    given = public(recipe.given)
     metrics: dict[str, Any] = {
         "scored_split": split,
         "scores": score_texts(translations, references, recipe.decoding.bleu_tokenize),
         "num_beams": model.generation_config.num_beams,
         "parameters": model.num_parameters(),
-        "data_name": recipe.data.data_name or told.get("dataset") or ", ".join(told.get("train_file", [])),
+        "data_name": recipe.data.data_name or given.get("dataset") or ", ".join(given.get("train_file", [])),
         "rows": {name: len(rows) for name, rows in pairs.items() if isinstance(rows, Dataset)},
         "training": training_summary(trainer),
         "example_source": sources[0],
@@ -51,12 +51,12 @@ def score_run(
 
 
 def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
-    """How long the run took and how far it came."""
+    """Duration and progress of the run."""
     history = trainer.state.log_history
     minutes = [entry["minutes"] for entry in history if "minutes" in entry]
     return {
         "updates": trainer.state.global_step,
-        # To the Trainer the whole run of a stream is one epoch, however often the data was read.
+        # The Trainer counts the whole run of a stream as one epoch, however often the data was read.
         "epochs": round(trainer.state.epoch or 0, 2) if trainer.stream is None else None,
         "minutes": max(minutes, default=0.0),
         "machine": machine(),
@@ -70,10 +70,10 @@ def write_documents(
     recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, metrics: dict[str, Any]
 ) -> None:
     """Writes metrics.json, the loss curve and the model card into the run's folder."""
-    folder, told = Path(recipe.training.output_dir), public(recipe.given)
+    folder, given = Path(recipe.training.output_dir), public(recipe.given)
     write_beside(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
-    names = {"hub_model_id": recipe.training.hub_model_id, "base_model": told.get("model")}
-    card = model_card(model, language_pair(recipe.data), metrics, lasting(told), str(folder), **names)
+    names = {"hub_model_id": recipe.training.hub_model_id, "base_model": given.get("model")}
+    card = model_card(model, language_pair(recipe.data), metrics, lasting(given), str(folder), **names)
     write_beside(folder / "README.md", str(card))

@@ -1,4 +1,4 @@
-"""Loads a saved model and its tokenizer, and refuses a folder whose files do not belong together."""
+"""Loads a saved model and its tokenizer, and refuses folders whose files do not match each other."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from vanilla_transformer.loading import refuse_nonfinite_weights, refuse_other_t
 from .errors import UserError
 
 
-# Differences between weights and config.json that a message lists, at most.
+# How many differences between weights and config.json a message lists at most.
 SHOWN = 3
 
 
@@ -34,26 +34,26 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A saved model and its tokenizer, from JSON and safetensors alone: no code that comes with them is run.
+    A saved model and its tokenizer, read from JSON and safetensors only: no code in the folder is run.
 
     Args:
-        folder: or the name of a model of the Hub.
-        options: of `from_pretrained`, fields of the config among them.
+        folder: a folder, or the Hub name of a model.
+        options: arguments of `from_pretrained`, such as fields of the config.
 
     Raises:
-        UserError: there is no model of that name, its files are damaged, or they are not those of one model.
+        UserError: the model does not exist, its files are damaged, or they do not belong to one model.
     """
     try:
         kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != VanillaTransformerConfig.model_type:
             raise ValueError(
-                f"config.json is that of a model_type {kind!r}, and {VanillaTransformerConfig.model_type!r} is needed: "
+                f"config.json has model_type={kind!r}, but {VanillaTransformerConfig.model_type!r} is needed: "
                 "`vanilla-transformer convert` converts some others"
             )
-        # Sizes that differ are told below, with what else differs, in place of a table.
-        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        # refuse_other_weights reports wrong sizes with all other differences; transformers would print a table.
+        report_all = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, **told, **options
+            folder, trust_remote_code=False, use_safetensors=True, **report_all, **options
         )
         refuse_other_weights(report)
         refuse_nonfinite_weights(model)
@@ -61,18 +61,18 @@ def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrained
         refuse_other_tokenizer(tokenizer, model.config)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load the model {folder!r}: {' '.join(str(error).split())}") from error
-    # What a JSON file of another form makes of transformers' loaders is anybody's guess.
+    # A JSON file of unexpected structure can raise almost anything in transformers' loaders.
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise UserError(f"cannot load the model {folder!r}: one of its JSON files is odd: {error!r}") from error
+        raise UserError(f"cannot load the model {folder!r}: one of its JSON files is malformed: {error!r}") from error
     return model, tokenizer
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a folder, or of a name of the Hub. No code that comes with it is run.
+    The tokenizer of a folder or of a Hub name. No code in the folder is run.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the tokenizer is missing or damaged.
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -83,16 +83,16 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 def refuse_other_weights(report: dict[str, Any]) -> None:
     """
-    Looks at the `loading_info` of `from_pretrained`, which fills with random numbers what a folder does not hold, and
-    passes over what the network has no place for.
+    Checks the `loading_info` of `from_pretrained`, which initialises missing tensors at random and ignores unexpected
+    ones.
 
     Raises:
-        ValueError: the weights are not those of the network that config.json describes.
+        ValueError: the weights do not fit the network that config.json describes.
     """
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    wrong += [f"there is no place for {name}" for name in sorted(report["unexpected_keys"])]
+    wrong += [f"{name} is unexpected" for name in sorted(report["unexpected_keys"])]
     for name, stored, expected in sorted(report["mismatched_keys"]):
-        wrong.append(f"{name} is {list(stored)}, where {list(expected)} is expected")
+        wrong.append(f"{name} is {list(stored)}, but {list(expected)} is expected")
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise ValueError(f"the weights are not those of config.json: {'; '.join(wrong[:SHOWN])}{more}")
+        raise ValueError(f"the weights do not fit config.json: {'; '.join(wrong[:SHOWN])}{more}")

@@ -1,4 +1,4 @@
-"""As many threads as the process has cores: a container's share of the CPU counts, not the host's cores."""
+"""Limits torch's threads to the process's CPU quota: in a container this may be less than the host's cores."""
 
 import math
 import os
@@ -11,10 +11,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def fit_threads() -> None:
-    """Takes torch's threads down to the quota of the process's cgroup. A set OMP_NUM_THREADS is left alone."""
+    """Reduces torch's threads to the quota of the process's cgroup, unless OMP_NUM_THREADS is set."""
     quota = cpu_quota()
     if quota is not None and "OMP_NUM_THREADS" not in os.environ:
-        # Rounded up: one and a half cores are used by two threads, which wait for a quarter of the time.
+        # Rounded up: two threads use one and a half cores, and wait a quarter of the time.
         torch.set_num_threads(max(1, min(torch.get_num_threads(), math.ceil(quota))))
 
 

@@ -1,7 +1,7 @@
-"""Trains a model by a recipe: `vanilla-transformer train RECIPE.yaml [--field value ...]`.
+"""Trains a model from a recipe: `vanilla-transformer train RECIPE.yaml [--field value ...]`.
 
-With several processes: `accelerate launch -m vanilla_transformer_commands train RECIPE.yaml ...`. The run's folder
-then holds the best model with its tokenizer, metrics.json, loss_curve.png, recipe.yaml and a model card.
+With several processes: `accelerate launch -m vanilla_transformer_commands train RECIPE.yaml ...`. Afterwards the run's
+folder holds the best model with its tokenizer, metrics.json, loss_curve.png, recipe.yaml and a model card.
 """
 
 import logging
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(argv)
     args = recipe.training
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.should_log else logging.ERROR)
-    # Every request to the Hub is a line of it.
+    # It logs every request to the Hub.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
 
     # 2. data, vocabulary and network
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         return
     require(check_inputs(run))
 
-    # 3. training, where nothing speaks against it
+    # 3. training, if all checks pass
     trainer = build_trainer(recipe, run.model, run.tokenizer, run.rows)
     require(check_plan(run, trainer))
     trainer.data = run.data
@@ -72,8 +72,7 @@ def main(argv: list[str]) -> None:
         merge_adapters(trainer)
     trainer.save_model()
 
-    # 4. what the model can do, in figures and words: one process alone, from the saved files, since a model that is
-    # sharded answers only when all processes ask
+    # 4. scores and documents: by one process, from the saved files, since a sharded model runs only in all processes
     if trainer.is_world_process_zero():
         finish(recipe, trainer, final_model(args), run.pairs)
     if dist.is_initialized():
@@ -82,11 +81,11 @@ def main(argv: list[str]) -> None:
 
 def prepare(recipe: Recipe) -> Run:
     """
-    Everything that a run needs before it trains. Of the run's folder nothing is changed that was there, but that
-    unfinished and torn checkpoints are put away.
+    Prepares everything that a run needs before it trains. In an existing run's folder it only deletes unfinished
+    checkpoints and renames damaged ones.
 
     Raises:
-        UserError: what the recipe asks for is not there, or cannot be.
+        UserError: what the recipe asks for is missing or impossible.
     """
     args = recipe.training
     refuse_changes(recipe)
@@ -95,7 +94,9 @@ def prepare(recipe: Recipe) -> Run:
         make_folder("output_dir", args.output_dir, RecipeError)
     set_seed(args.seed)
     if args.use_cpu and args.hold_memory and hold_memory():
-        logger.info("freed memory is kept for the next update: faster, in a larger process (--hold_memory false)")
+        logger.info(
+            "freed memory is kept for the next update: faster, but uses more memory (--hold_memory false: neither)"
+        )
     pairs, tokenizer, rows = prepare_data(recipe)
     model = build_model(recipe, tokenizer)
     logger.info(
@@ -112,7 +113,7 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: dict,
 ) -> TranslationTrainer:
-    """The Trainer of the run, with the paper's peak learning rate where the recipe names none."""
+    """The run's Trainer, with the paper's peak learning rate if the recipe sets none."""
     args = recipe.training
     if args.learning_rate is None:
         args.learning_rate = (model.config.d_model * args.warmup_steps) ** -0.5
@@ -132,7 +133,7 @@ def build_trainer(
 
 
 def final_model(args: TrainingArguments) -> PreTrainedModel:
-    """The model that the run has saved. With `average_checkpoints` the mean of the last checkpoints takes its place."""
+    """The model that the run has saved. With `average_checkpoints` it is replaced by the last checkpoints' mean."""
     model, _ = load_model(args.output_dir)
     if args.average_checkpoints:
         load_average(model, last_checkpoints(args.output_dir, args.average_checkpoints))
@@ -141,7 +142,7 @@ def final_model(args: TrainingArguments) -> PreTrainedModel:
 
 
 def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, pairs: DatasetDict) -> None:
-    """Scores the model on held-out text, writes the run's documents, prints some of it, and publishes the run."""
+    """Scores the model on held-out text, writes the run's documents, prints scores and examples, and pushes the run."""
     # The Trainer's pickle of its arguments: recipe.yaml says the same, and a model's folder should hold no pickle.
     Path(recipe.training.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
     metrics, examples = score_run(recipe, trainer, model, pairs)
@@ -161,14 +162,14 @@ def publish(trainer: TranslationTrainer) -> None:
     Pushes the finished run.
 
     Raises:
-        HubError: it could not be pushed; the run's folder is whole.
+        HubError: the push failed; the run's folder is complete.
     """
     folder = trainer.args.output_dir
     try:
         pushed = trainer.push_to_hub()
     except HubError as error:
         later = f"vanilla-transformer push {folder} {trainer.hub_model_id}"
-        raise HubError(f"{error}. The run itself is whole in {folder}; `{later}` pushes it") from error
+        raise HubError(f"{error}. The run itself is complete in {folder}; `{later}` pushes it") from error
     print(f"and at {pushed.repo_url}, revision {pushed.oid}")
 
 

@@ -227,7 +227,7 @@ class TranslationTrainer(StreamingTrainer):
         """
         tied = self.model.all_tied_weights_keys
         missing = [f"{name} is missing" for name in load_result.missing_keys if name not in tied]
-        if wrong := missing + [f"there is no place for {name}" for name in load_result.unexpected_keys]:
+        if wrong := missing + [f"{name} is unexpected" for name in load_result.unexpected_keys]:
             raise CheckpointError(f"the checkpoint holds the weights of another model: {wrong[0]}")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

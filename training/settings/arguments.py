@@ -263,7 +263,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         # Without an accelerator, transformers refuses bf16 and warns about pinned memory unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
-        rules.check_training_as_told(self)
+        rules.check_training_as_given(self)
         if self.greater_is_better is None:
             self.greater_is_better = rules.BEST_METRICS[self.deciding_metric]
         super().__post_init__()

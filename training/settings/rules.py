@@ -238,7 +238,7 @@ def check_bleu_tokenizer(name: str) -> None:
         raise RecipeError(f"bleu_tokenize={name} cannot be used here: {' '.join(str(error).split())}") from error
 
 
-def check_training_as_told(args: TrainingArguments) -> None:
+def check_training_as_given(args: TrainingArguments) -> None:
     """
     Checks TrainingArguments before transformers does, which would fail later or without naming the field.
 

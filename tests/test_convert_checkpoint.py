@@ -373,7 +373,7 @@ def test_a_damaged_or_missing_file_is_named(kind, damage, request, tmp_path):
 def test_mistakes_on_the_command_line_end_with_one_line(opus, tokenizer, tmp_path):
     output = ["--output", tmp_path / "new"]
     assert "has model_type='marian': give --format marian" in refused(opus, "--format", "fsmt", *output)
-    assert "there is no such file or folder" in refused(tmp_path / "none", "--format", "eole", *output)
+    assert "no such file or folder" in refused(tmp_path / "none", "--format", "eole", *output)
     assert "exists: choose another" in refused(opus, "--format", "marian", "--output", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "has no best.ckpt" in refused(tmp_path / "empty", "--format", "joeynmt", *output)
@@ -396,5 +396,5 @@ def test_help_lists_every_format_and_the_program_ends_with_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2,
-        f"error: {tmp_path / 'none'}: there is no such file or folder",
+        f"error: {tmp_path / 'none'}: no such file or folder",
     )

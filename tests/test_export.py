@@ -108,7 +108,7 @@ def test_quantization_reaches_ctranslate2(make_model, tmp_path):
     ("fields", "argv", "message"),
     [
         ({}, ["--format", "marian", "--output", "runs"], "output=runs exists: choose another, or delete it first"),
-        ({}, ["--format", "onnx", "--quantization", "int8"], "--quantization int8 goes with --format ctranslate2 only"),
+        ({}, ["--format", "onnx", "--quantization", "int8"], "--quantization int8 needs --format ctranslate2"),
         ({}, ["--format", "ctranslate2", "--quantization", "int4"], "int4 is not a valid quantization type"),
         ({"d_v": 3}, ["--format", "ctranslate2"], "d_v=3 is not d_model=16 / encoder_attention_heads=4"),
         ({"normalize_before": True}, ["--format", "marian"], "but normalize_before=True"),

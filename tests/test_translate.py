@@ -157,7 +157,7 @@ def test_a_warning_counts_and_names_the_translations_that_did_not_end(folder, al
         SCRIPT.main(command(folder, tmp_path, make_lines(60), *options, "--window", window, name=f"{number}.txt"))
         cut = [number for number, one in enumerate(alone, 1) if not one.ended]
         assert 5 < len(cut) < 50
-        start = f"warning: {len(cut)} of the translations did not end before the greatest length"
+        start = f"warning: {len(cut)} of the translations reached the maximum length"
         assert f"{start} (lines {', '.join(map(str, cut[:5]))}, ...)" in capsys.readouterr().err
 
 
@@ -345,13 +345,13 @@ def test_every_line_is_one_processes_own(lines, window, processes):
 
 # What a run is that goes on with one of 20-line windows, a beam of 2 and three new tokens.
 OTHERS = {
-    "beams": (["--num_beams", "3"], "num_beams=2, and this run has num_beams=3"),
-    "length penalty": (["--length_penalty", "2"], "length_penalty=None, and this run has length_penalty=2.0"),
-    "greatest length": (["--max_new_tokens", "4"], "max_new_tokens=3, and this run has max_new_tokens=4"),
-    "columns": (["--scores"], "scores=False, and this run has scores=True"),
-    "n-best": (["--n_best", "2"], "n_best=None, and this run has n_best=2"),
-    "compiled": (["--compiled"], "compiled=None, and this run has compiled=True"),
-    "windows": (["--window", "30"], "window=20, and this run has window=30"),
+    "beams": (["--num_beams", "3"], "num_beams=2, but this run has num_beams=3"),
+    "length penalty": (["--length_penalty", "2"], "length_penalty=None, but this run has length_penalty=2.0"),
+    "greatest length": (["--max_new_tokens", "4"], "max_new_tokens=3, but this run has max_new_tokens=4"),
+    "columns": (["--scores"], "scores=False, but this run has scores=True"),
+    "n-best": (["--n_best", "2"], "n_best=None, but this run has n_best=2"),
+    "compiled": (["--compiled"], "compiled=None, but this run has compiled=True"),
+    "windows": (["--window", "30"], "window=20, but this run has window=30"),
 }
 
 
@@ -374,7 +374,7 @@ def test_a_translation_does_not_go_on_with_other_options(argv, message, stopped,
 
 def test_a_translation_does_not_go_on_with_another_model_or_input(stopped, tmp_path):
     before = parts(tmp_path / "out.txt")
-    with pytest.raises(UserError, match="begun by another model"):
+    with pytest.raises(UserError, match="begun with another model"):
         SCRIPT.main([str(save_model(tmp_path / "other", seed=1)), *stopped[1:]])
     other = write(tmp_path / "other.txt", make_lines(61))
     with pytest.raises(UserError, match=f"began with other lines than {other}"):

@@ -1,4 +1,4 @@
 """The commands of `vanilla-transformer`.
 
-They stand outside the package `vanilla_transformer`, whose import takes seconds: `--help` answers at once.
+They are outside the package `vanilla_transformer`, whose import takes seconds, so that `--help` is fast.
 """

@@ -1,7 +1,7 @@
 """Averages the weights of checkpoints: `vanilla-transformer average RUN --last 5 --output_dir FOLDER`.
 
-Instead of a run and `--last`, the folders of the checkpoints can be named one by one. Configuration, generation config
-and tokenizer are those of the last checkpoint.
+Checkpoints can also be listed one by one, instead of a run and `--last`. Configuration, generation config and tokenizer
+are copied from the last checkpoint.
 """
 
 import argparse
@@ -14,15 +14,15 @@ def build_parser() -> CommandParser:
     """The options."""
     parser = CommandParser(__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="folders of saved models, or a run's folder")
-    parser.add_argument("--last", type=int, help="average the last so many checkpoints in the run's folder")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model into, a new one")
+    parser.add_argument("--last", type=int, help="average this many checkpoints of the run, the last ones")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder to write the model into")
     return parser
 
 
 def main(argv: list[str]) -> None:
     """Chooses, loads, averages, writes."""
     arguments = build_parser().parse_args(argv)
-    # Imported here, so that --help answers at once.
+    # Imported here to keep --help fast.
     from vanilla_transformer.training.files import new_folder
     from vanilla_transformer.training.loop.averaging import load_average, refuse_different
     from vanilla_transformer.training.saved_model import load_model
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
 
 def chosen(arguments: argparse.Namespace) -> list[Path]:
-    """The checkpoints that the command line names, or the last ones of the run that it names."""
+    """The checkpoints on the command line, or the last ones of the run on it."""
     from vanilla_transformer.training.loop.averaging import AveragingError, last_checkpoints
 
     if arguments.last is None:
@@ -46,7 +46,7 @@ def chosen(arguments: argparse.Namespace) -> list[Path]:
     if arguments.last < 1:
         raise AveragingError(f"--last {arguments.last} must be at least 1")
     if len(arguments.checkpoints) > 1:
-        raise AveragingError(f"--last needs one folder, a run's, not {len(arguments.checkpoints)}")
+        raise AveragingError(f"--last needs one folder, that of a run, not {len(arguments.checkpoints)}")
     run = arguments.checkpoints[0]
     checkpoints = last_checkpoints(run, arguments.last)
     if len(checkpoints) < arguments.last:

@@ -1,4 +1,4 @@
-"""Prints a script that completes commands and options on Tab: `vanilla-transformer completion bash`.
+"""Prints a shell script for tab completion of commands and options: `vanilla-transformer completion bash`.
 
 bash: vanilla-transformer completion bash > ~/.local/share/bash-completion/completions/vanilla-transformer
 zsh:  vanilla-transformer completion zsh > "${fpath[1]}/_vanilla-transformer"

@@ -1,14 +1,14 @@
 """Converts a model of another framework: `vanilla-transformer convert SOURCE --format FORMAT --output FOLDER`.
 
-SOURCE, by format:
+SOURCE for each format:
   marian   folder of a MarianMTModel and its MarianTokenizer, such as an OPUS-MT model
   fsmt     folder of an FSMTForConditionalGeneration and its FSMTTokenizer
   joeynmt  folder of a JoeyNMT run (config.yaml, src_vocab.txt, trg_vocab.txt, best.ckpt), or a checkpoint in it
   eole     folder of an Eole model (config.json, vocab.json, model.00.safetensors)
   torch    state dict of a module around a torch.nn.Transformer (.pt or .safetensors); see the options for torch
 
-AutoModelForSeq2SeqLM, AutoTokenizer and the other commands then load FOLDER. docs/interoperability.md says what is
-carried over, and what is refused.
+AutoModelForSeq2SeqLM, AutoTokenizer and the other commands then load FOLDER. docs/interoperability.md lists what is
+converted and what is refused.
 """
 
 import argparse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMATS = ("marian", "fsmt", "joeynmt", "eole", "torch")
-# Tables that transformers makes anew, and some folders hold.
+# Tables that transformers recomputes, although some folders contain them.
 COMPUTED = ("embed_positions.weight",)
 
 
@@ -32,17 +32,17 @@ def build_parser() -> CommandParser:
     """The options."""
     parser = CommandParser(__doc__)
     parser.add_argument("source", type=Path, help="what to convert")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="what it is")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the model into, a new one")
-    torch = parser.add_argument_group("torch", "what a state dict does not tell, and the names of its tensors")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="format of the source")
+    parser.add_argument("--output", type=Path, required=True, help="new folder to write the model into")
+    torch = parser.add_argument_group("torch", "names of tensors, and settings that a state dict does not contain")
     torch.add_argument("--tokenizer", help="folder of the tokenizer; its bos token starts the decoder (required)")
-    torch.add_argument("--heads", type=int, help="nhead (required)")
-    torch.add_argument("--source_embedding", metavar="NAME", help="table of the source's embeddings (required)")
-    torch.add_argument("--target_embedding", metavar="NAME", help="table of the target's (default: the same one)")
-    torch.add_argument("--output_projection", metavar="NAME", help="its weight (default: the target's table)")
-    torch.add_argument("--positions", metavar="NAME", help="table of positions (default: the paper's sinusoids)")
-    torch.add_argument("--prefix", default="", help="what precedes encoder.layers.0... in the names")
-    torch.add_argument("--norm_first", action="store_true", help="layers normalise before their sub-layers")
+    torch.add_argument("--heads", type=int, help="number of attention heads, nhead (required)")
+    torch.add_argument("--source_embedding", metavar="NAME", help="source embedding table (required)")
+    torch.add_argument("--target_embedding", metavar="NAME", help="target embedding table (default: the source's)")
+    torch.add_argument("--output_projection", metavar="NAME", help="output matrix (default: the target embeddings)")
+    torch.add_argument("--positions", metavar="NAME", help="position table (default: the paper's sinusoids)")
+    torch.add_argument("--prefix", default="", help="prefix of the names before encoder.layers.0...")
+    torch.add_argument("--norm_first", action="store_true", help="pre-norm: layers normalise before their sub-layers")
     torch.add_argument("--activation", choices=("relu", "gelu"), default="relu")
     torch.add_argument("--layer_norm_eps", type=float, default=1e-5)
     torch.add_argument("--unscaled", action="store_true", help="embeddings are not multiplied by sqrt(d_model)")
@@ -52,7 +52,7 @@ def build_parser() -> CommandParser:
 def main(argv: list[str]) -> None:
     """Reads, converts, writes."""
     arguments = build_parser().parse_args(argv)
-    # Imported here, so that --help answers at once.
+    # Imported here to keep --help fast.
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     from vanilla_transformer.training.files import new_folder
 
     if not arguments.source.exists():
-        raise UserError(f"{arguments.source}: there is no such file or folder")
+        raise UserError(f"{arguments.source}: no such file or folder")
     damaged = (OSError, RuntimeError, ImportError, SafetensorError, UnpicklingError)
     with new_folder("output", arguments.output) as folder:
         try:
@@ -69,9 +69,9 @@ def main(argv: list[str]) -> None:
             refuse_other_tokenizer(tokenizer, model.config)
         except (ValueError, StrictDataclassError, *damaged) as error:
             raise UserError(f"cannot convert {arguments.source}: {' '.join(str(error).split())}") from error
-        # What a file of settings of another form makes of loaders is anybody's guess.
+        # A settings file of unexpected structure can raise almost anything in the loaders.
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise UserError(f"cannot convert {arguments.source}: one of its files is odd: {error!r}") from error
+            raise UserError(f"cannot convert {arguments.source}: one of its files is malformed: {error!r}") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"{arguments.source}: {model.num_parameters():,} parameters, saved in {arguments.output}")
@@ -82,7 +82,7 @@ def read(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTok
     The converted model and its tokenizer.
 
     Raises:
-        ValueError, OSError: the source is damaged, holds code, or has what this package has not.
+        ValueError, OSError: the source is damaged, contains code, or has features that this package lacks.
     """
     from vanilla_transformer.conversion.checkpoints import refuse_other_kind
 
@@ -113,11 +113,11 @@ def read_transformers(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, 
         "fsmt": (FSMTForConditionalGeneration, from_fsmt),
     }
     kind, convert = kinds[arguments.format]
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    theirs, found = kind.from_pretrained(arguments.source, local_files_only=True, **told)
+    report_all = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    theirs, found = kind.from_pretrained(arguments.source, local_files_only=True, **report_all)
     if theirs.config.model_type != arguments.format or type(theirs).__name__ not in (theirs.config.architectures or []):
         raise ValueError(
-            f"config.json is of {theirs.config.architectures} with model_type={theirs.config.model_type!r}, not of "
+            f"config.json describes {theirs.config.architectures} with model_type={theirs.config.model_type!r}, not "
             f"{kind.__name__}"
         )
     found["missing_keys"] = [name for name in found["missing_keys"] if not name.endswith(COMPUTED)]
@@ -130,21 +130,21 @@ def read_transformers(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, 
 
 
 def forbid_padding(model: "PreTrainedModel") -> None:
-    """Marian's decoder starts with the padding token, which must not come again."""
+    """Bans the padding token from outputs. Marian's decoder starts with it, and must not generate it."""
     forbidden = model.generation_config.bad_words_ids or []
     if [model.config.pad_token_id] not in forbidden:
         model.generation_config.bad_words_ids = [*forbidden, [model.config.pad_token_id]]
 
 
 def read_torch(arguments: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A state dict, with what the command line says of it."""
+    """A state dict, with the settings of the command line."""
     from vanilla_transformer.conversion.checkpoints import read_pickle, read_safetensors
     from vanilla_transformer.conversion.torch_transformer import from_torch_transformer
     from vanilla_transformer.training.saved_model import load_tokenizer
 
     for name in ("tokenizer", "heads", "source_embedding"):
         if getattr(arguments, name) is None:
-            raise ValueError(f"--format torch needs --{name}, which no state dict tells")
+            raise ValueError(f"--format torch needs --{name}, which a state dict does not contain")
     if not 0 < arguments.layer_norm_eps < math.inf:
         raise ValueError(f"--layer_norm_eps {arguments.layer_norm_eps} must be above 0")
     source = arguments.source

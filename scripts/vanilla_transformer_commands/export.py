@@ -1,8 +1,8 @@
 """Writes a model for other runtimes: `vanilla-transformer export MODEL --format onnx --output FOLDER`.
 
-`marian` is a MarianMTModel, which transformers loads without this package. `ctranslate2`, `onnx` and `torch` are for
-CTranslate2, for ONNX runtimes and for torch.export.load. Each folder holds the tokenizer too. What each can express,
-and how it is used, is in docs/interoperability.md.
+`marian` writes a MarianMTModel, which transformers loads without this package. `ctranslate2`, `onnx` and `torch` are
+for CTranslate2, ONNX runtimes and torch.export.load. Each folder includes the tokenizer. docs/interoperability.md says
+what each format supports and how to use it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 from .parser import CommandParser
 
 
-# The formats, and the package that writes each, if it is none of those that the model itself needs.
+# The formats, and the extra package that each needs.
 FORMATS = {"marian": None, "ctranslate2": "ctranslate2", "onnx": "onnxscript", "torch": None}
 
 
@@ -21,16 +21,16 @@ def build_parser() -> CommandParser:
     """The options."""
     parser = CommandParser(__doc__)
     parser.add_argument("model", help="folder or Hub name of the model")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write into, a new one")
-    parser.add_argument("--quantization", help="CTranslate2's type of weights, such as int8 (default: float32)")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="format to write")
+    parser.add_argument("--output", type=Path, required=True, help="new folder to write into")
+    parser.add_argument("--quantization", help="weight type for CTranslate2, such as int8 (default: float32)")
     return parser
 
 
 def main(argv: list[str]) -> None:
     """Checks, loads, writes."""
     arguments = build_parser().parse_args(argv)
-    # Imported here, so that --help answers at once.
+    # Imported here to keep --help fast.
     from vanilla_transformer.training.errors import UserError
     from vanilla_transformer.training.files import new_folder
     from vanilla_transformer.training.saved_model import load_model
@@ -48,10 +48,10 @@ def main(argv: list[str]) -> None:
 
 def refuse(arguments: argparse.Namespace) -> None:
     """
-    Checks what can be checked before the model is loaded.
+    Checks the options before the model is loaded.
 
     Raises:
-        UserError: a package is missing, or an option does not go with the format.
+        UserError: a package is missing, or an option does not apply to the format.
     """
     from vanilla_transformer.training.errors import UserError
 
@@ -59,15 +59,15 @@ def refuse(arguments: argparse.Namespace) -> None:
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(f"--format {arguments.format} needs the package {package}: pip install {package}")
     if arguments.quantization is not None and arguments.format != "ctranslate2":
-        raise UserError(f"--quantization {arguments.quantization} goes with --format ctranslate2 only")
+        raise UserError(f"--quantization {arguments.quantization} needs --format ctranslate2")
 
 
 def write(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Namespace) -> None:
     """
-    The model in the format that is asked for; beside two graphs or programs, its config, which holds the special ids.
+    Writes the model in the chosen format. ONNX and torch.export also get config.json, which has the special ids.
 
     Raises:
-        ValueError: the format has nothing for a setting of the model.
+        ValueError: the format does not support a setting of the model.
     """
     if arguments.format == "marian":
         from vanilla_transformer.conversion.marian import to_marian

@@ -1,4 +1,4 @@
-"""Shows what a model is, and how it is decoded on this machine: `vanilla-transformer info MODEL`."""
+"""Shows a model's sizes, and how it is decoded on this machine: `vanilla-transformer info MODEL`."""
 
 from typing import TYPE_CHECKING
 
@@ -8,11 +8,11 @@ from .parser import CommandParser
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What a user of the model knows it by, and the fields of its config that say so.
+# Labels of sizes -> the fields of the config for encoder and decoder.
 SIZES = {
     "layers": ("encoder_layers", "decoder_layers"),
     "attention heads": ("encoder_attention_heads", "decoder_attention_heads"),
-    "width of the FFN": ("encoder_ffn_dim", "decoder_ffn_dim"),
+    "size of the FFN": ("encoder_ffn_dim", "decoder_ffn_dim"),
 }
 COMPUTE_TYPES = ("float32", "bfloat16", "int8")
 
@@ -25,9 +25,9 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: list[str]) -> None:
-    """Loads the model, and prints a line for each thing worth knowing."""
+    """Loads the model and prints its properties, one per line."""
     arguments = build_parser().parse_args(argv)
-    # Imported here, so that --help answers at once.
+    # Imported here to keep --help fast.
     from vanilla_transformer.training.machine import machine
     from vanilla_transformer.training.saved_model import load_model
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def engine_for(model: "PreTrainedModel", compute_type: str) -> str:
-    """What decodes the model here with this `compute_type`, and why nothing faster does, in words."""
+    """The engine that decodes the model here with this `compute_type`, and why no faster one can."""
     import torch
 
     token = torch.full((1, 1), model.config.eos_token_id, device=model.device)

@@ -9,9 +9,9 @@ from typing import NamedTuple, NoReturn
 
 class Command(NamedTuple):
     """
-    What a command does, in a few words, and the module that has its `build_parser()` and `main(argv)`.
+    A command: a short description, and the module with its `build_parser()` and `main(argv)`.
 
-    Importing the module takes seconds where its options are those of a recipe. Its help then lies ready in help/.
+    Importing the module takes seconds if its options are fields of a recipe. `ready_help` then shows a file of help/.
     """
 
     about: str
@@ -21,7 +21,7 @@ class Command(NamedTuple):
 
 TRAINING, HERE = "vanilla_transformer.training", "vanilla_transformer_commands"
 COMMANDS = {
-    "train": Command("train a model by a recipe", f"{TRAINING}.train", ready_help=True),
+    "train": Command("train a model from a recipe", f"{TRAINING}.train", ready_help=True),
     "evaluate": Command("score a saved model on a test set", f"{TRAINING}.evaluate", ready_help=True),
     "translate": Command("translate a text file, line by line", f"{HERE}.translate"),
     "info": Command("show a model's sizes, and the engine that decodes it here", f"{HERE}.info"),
@@ -30,7 +30,7 @@ COMMANDS = {
     "export": Command("write a model for CTranslate2, ONNX, Marian or torch.export", f"{HERE}.export"),
     "convert": Command("read a model of another framework", f"{HERE}.convert"),
     "push": Command("publish a finished run on the Hub", f"{HERE}.push"),
-    "benchmark": Command("measure training and decoding beside other programs", f"{HERE}.benchmark.command"),
+    "benchmark": Command("compare the speed of training and decoding with other programs", f"{HERE}.benchmark.command"),
     "completion": Command("print a script for the shell's tab completion", f"{HERE}.completion"),
 }
 PROGRAM = "vanilla-transformer"
@@ -42,7 +42,7 @@ The encoder-decoder Transformer of "Attention Is All You Need", for your own tex
 commands:
 {{commands}}
 
-`{PROGRAM} COMMAND --help` shows the options of a command. With --verbose an error has its traceback.
+`{PROGRAM} COMMAND --help` shows the options of a command. --verbose shows the traceback of an error.
 `{PROGRAM} --version` shows the version."""
 
 
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def usage() -> str:
-    """The help of the program itself: its commands, a line each."""
+    """The help of the program: one line per command."""
     return USAGE.format(commands="\n".join(f"  {name:12}{command.about}" for name, command in COMMANDS.items()))
 
 
 def refuse(name: str) -> NoReturn:
-    """Ends the program: there is no command of this name."""
+    """Ends the program with an error: there is no such command."""
     from difflib import get_close_matches
 
     likely = get_close_matches(name, COMMANDS, n=1)
@@ -77,7 +77,7 @@ def refuse(name: str) -> NoReturn:
 
 
 def run(name: str, argv: list[str]) -> None:
-    """Runs a command, or shows its help, which needs no library."""
+    """Runs a command, or shows its help without importing a large library."""
     # argparse takes a program's name from here.
     sys.argv[0] = f"{PROGRAM} {name}"
     if "--help" in argv or "-h" in argv:
@@ -91,7 +91,7 @@ def run(name: str, argv: list[str]) -> None:
 
 
 def show_help(name: str, argv: list[str]) -> None:
-    """Prints the help of a command, or of a command of its own that `argv` names."""
+    """Prints the help of a command, or of the subcommand in `argv`."""
     if COMMANDS[name].ready_help:
         print((files(HERE) / "help" / f"{name}.txt").read_text(encoding="utf-8"), end="")
     else:

@@ -1,4 +1,4 @@
-"""The command-line parser that the programs share."""
+"""The command-line parser shared by all commands."""
 
 import argparse
 import sys
@@ -10,11 +10,11 @@ HELP_VERBOSE = "show the traceback of an error"
 
 class CommandParser(argparse.ArgumentParser):
     """
-    An ArgumentParser that keeps the line breaks of its description, and tells a mistake in one line.
+    An ArgumentParser that keeps the line breaks of its description, and reports errors in one line.
 
     Args:
         description: usually the module's docstring.
-        options: of argparse.ArgumentParser.
+        options: arguments of argparse.ArgumentParser.
     """
 
     def __init__(self, description: str | None = None, **options: Any):

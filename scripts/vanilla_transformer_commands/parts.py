@@ -1,4 +1,4 @@
-"""A translation that can be stopped and resumed: its finished windows are files of their own until all are joined."""
+"""A translation that can be stopped and resumed: each finished window is a file until all are joined."""
 
 import fcntl
 import hashlib
@@ -11,21 +11,21 @@ from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.files import beside, write_beside
 
 
-# How many of the lines that a warning is about it names.
+# How many line numbers a warning lists.
 NAMED = 5
-ADVICE = "go on as it was begun, delete the folder to start over, or name another --output"
+ADVICE = "repeat the original command, delete the folder to start over, or choose another --output"
 
 
 class Parts:
     """
-    The finished windows of a translation, a file for each in the folder OUTPUT.parts.
+    The finished windows of a translation, one file each in the folder OUTPUT.parts.
 
-    A part begins with a line of JSON: a checksum of the lines that it is the translation of, and the numbers of those
-    that ran into the greatest length. A part is whole or not there: it is written beside, then renamed. A folder is
-    something to go on with as long as its settings.json is there, which comes first and goes first.
+    A part begins with a line of JSON: the checksum of its source lines, and the numbers of the lines whose translation
+    reached the maximum length. Parts are written atomically. A folder can be resumed while its settings.json exists: it
+    is the first file to be written and the first to be deleted.
 
     Raises:
-        UserError: there can be no such folder.
+        UserError: the folder cannot be created or written to.
     """
 
     def __init__(self, output: Path):
@@ -40,10 +40,10 @@ class Parts:
 
     def begin(self, settings: dict[str, Any]) -> None:
         """
-        Makes sure that what the folder holds has these settings. For the main process, before the others.
+        Checks that the folder's parts have these settings. Called by the main process before the others start.
 
         Raises:
-            UserError: it has others, or a process is still writing there.
+            UserError: the settings differ, or another process is still writing there.
         """
         self.lock(alone=True)
         if not self.settings.exists():
@@ -53,22 +53,22 @@ class Parts:
         begun = json.loads(self.settings.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if begun[name] != value:
-                found = f"with {name}={begun[name]}, and this run has {name}={value}"
+                found = f"with {name}={begun[name]}, but this run has {name}={value}"
                 if name == "model":
-                    found = "by another model (its weights, vocabulary or way to decode differ)"
+                    found = "with another model (its weights, vocabulary or decoding settings differ)"
                 raise UserError(f"{self.folder} holds a translation that was begun {found}: {ADVICE}")
-        # As the other processes do.
+        # From exclusive to shared, for the other processes.
         self.lock()
 
     def lock(self, alone: bool = False) -> None:
         """
-        Locks the folder until this process ends, in whatever way; the processes of a run share the lock.
+        Locks the folder until this process ends. The processes of a run share the lock.
 
         Args:
-            alone: let no other process have it.
+            alone: take an exclusive lock.
 
         Raises:
-            UserError: a process of another run has it.
+            UserError: a process of another run holds the lock.
         """
         try:
             fcntl.flock(self.lock_file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -81,7 +81,7 @@ class Parts:
     def refuse_other_input(self, lines: list[str], name: str) -> None:
         """
         Raises:
-            UserError: there is a part for the first window, and it is not of these lines.
+            UserError: there is a part for the first window, but from other lines.
         """
         if self._path(0).exists() and not self.has(0, lines):
             raise UserError(
@@ -89,7 +89,7 @@ class Parts:
             )
 
     def has(self, number: int, lines: list[str]) -> bool:
-        """Whether the window of this number is done, and was of these lines."""
+        """Whether there is a part for this window, from these lines."""
         try:
             with open(self._path(number), "rb") as part:
                 return json.loads(part.readline())["lines"] == checksum(lines)
@@ -97,16 +97,16 @@ class Parts:
             return False
 
     def write(self, number: int, lines: list[str], text: str, unfinished: list[int]) -> None:
-        """Keeps the translation of a window."""
+        """Writes the part of a window."""
         header = json.dumps({"lines": checksum(lines), "unfinished": unfinished})
         write_beside(self._path(number), f"{header}\n{text}")
 
     def join(self, count: int) -> tuple[int, list[int]]:
         """
-        Makes the output of so many parts, and removes them.
+        Joins `count` parts into the output, and deletes them.
 
         Returns:
-            How many lines ran into the greatest length, and the first of them.
+            How many translations reached the maximum length, and the first line numbers among them.
         """
         total, first = 0, list[int]()
         with beside(self.output) as joined, open(joined, "wb") as whole:
@@ -124,5 +124,5 @@ class Parts:
 
 
 def checksum(lines: list[str]) -> str:
-    """Of a window's lines."""
+    """The checksum of a window's lines."""
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()

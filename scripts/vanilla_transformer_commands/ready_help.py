@@ -1,4 +1,4 @@
-"""Writes the texts in help/, which `--help` shows without importing a library: `make help`."""
+"""Writes the texts in help/, which `--help` shows without importing a large library: `make help`."""
 
 import os
 import sys

@@ -1,6 +1,6 @@
 """Learns a tokenizer from the training split: `vanilla-transformer tokenizer --dataset phrasebook:en-de ...`.
 
-Training learns one by itself. This is for a vocabulary that several runs are to share: give them `--tokenizer DIR`.
+Training learns a tokenizer by itself. Use this command to share one between runs: give them `--tokenizer FOLDER`.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from vanilla_transformer.training.settings.options import OptionParser
 class OutputArguments:
     """Where the tokenizer goes."""
 
-    output_dir: str = field(metadata={"help": "folder to save the tokenizer in; one that holds a tokenizer is refused"})
+    output_dir: str = field(metadata={"help": "folder to save the tokenizer in; it must not contain a tokenizer"})
 
 
 def build_parser() -> OptionParser:
@@ -57,15 +57,17 @@ def main(argv: list[str]) -> None:
 
 
 def check(output: OutputArguments, options: TokenizerArguments) -> None:
-    """Raises UserError for what would be lost or ignored."""
+    """Raises UserError for an option that would be ignored, or a folder that would be overwritten."""
     make_sure_of_folder("output_dir", output.output_dir)
     if Path(output.output_dir, "tokenizer.json").exists():
         raise UserError(f"output_dir={output.output_dir} already holds a tokenizer: choose another, or delete it first")
     if options.tokenizer:
-        raise UserError(f"tokenizer={options.tokenizer} exists, and this program learns a new one: leave it out")
+        raise UserError(
+            f"tokenizer={options.tokenizer} exists already, but this command learns a new one: leave it out"
+        )
 
 
 def split_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The pieces of `text` that its subwords stand for."""
+    """Splits `text` at its subwords."""
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [text[start:end].strip() for start, end in spans]

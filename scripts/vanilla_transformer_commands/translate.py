@@ -1,11 +1,11 @@
 """Translates a file or the standard input, line by line: `vanilla-transformer translate MODEL --input FILE`.
 
-The input may be of any length: a window of lines at a time is read, translated in batches of similar length, and
-written in its own order. An empty line stays empty.
+The input may have any length: lines are read in windows, translated in batches of similar length, and written in their
+original order. Empty lines stay empty.
 
-With --output FILE each finished window is kept in FILE.parts until all are joined, so that the same command goes on
-where an earlier one was stopped, by whatever. Several processes share the windows, and their number may change in
-between, as --batch_tokens may: `accelerate launch -m vanilla_transformer_commands translate MODEL ...`.
+With --output FILE, finished windows are kept in FILE.parts until all are joined; if it is interrupted, the same command
+resumes there. Several processes can share the windows: `accelerate launch -m vanilla_transformer_commands translate
+MODEL ...`. Their number and --batch_tokens may change when a translation is resumed.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from typing import Any
 from .parser import CommandParser
 
 
-# What `generate()` is told, where it is given.
+# Options passed to `generate()` if they are given.
 OPTIONS = ("num_beams", "length_penalty", "max_new_tokens", "compute_type", "compiled")
-# What a translation that goes on must have in common with its beginning.
+# Settings that must not change when a translation is resumed.
 SETTINGS = (*OPTIONS, "n_best", "scores", "window")
-# The processes wait for the slowest of them: as long as that takes.
+# How long processes wait for the slowest: in effect, forever.
 PATIENCE = timedelta(days=365)
 
 
@@ -36,23 +36,36 @@ def build_parser() -> CommandParser:
     parser.add_argument("--input", default="-", help="text file, plain or .gz (default: standard input)")
     parser.add_argument("--output", default="-", help="text file to write (default: standard output)")
     parser.add_argument(
-        "--batch_tokens", type=int, default=4096, help="source tokens of lines translated together (default: 4096)"
+        "--batch_tokens",
+        type=int,
+        default=4096,
+        help="maximum source tokens of a batch, padding included (default: 4096)",
     )
     parser.add_argument(
-        "--window", type=int, default=8192, help="lines read, sorted by length and written together (default: 8192)"
+        "--window",
+        type=int,
+        default=8192,
+        help="number of lines read, sorted by length and written together (default: 8192)",
     )
-    parser.add_argument("--num_beams", type=int, help="width of the beam (default: the model's own)")
-    parser.add_argument("--length_penalty", type=float, help="transformers' length_penalty (default: the model's own)")
-    parser.add_argument("--max_new_tokens", type=int, help="longest translation in tokens (default: the model's own)")
+    parser.add_argument("--num_beams", type=int, help="beam size (default: the model's)")
+    parser.add_argument("--length_penalty", type=float, help="transformers' length_penalty (default: the model's)")
     parser.add_argument(
-        "--n_best", type=int, metavar="N", help="write N lines for each, `number ||| translation ||| score`, from 0"
+        "--max_new_tokens", type=int, help="maximum length of a translation in tokens (default: the model's)"
+    )
+    parser.add_argument(
+        "--n_best",
+        type=int,
+        metavar="N",
+        help="write the N best as `number ||| translation ||| score`; numbers start at 0",
     )
     parser.add_argument("--scores", action="store_true", help="write `score<TAB>translation`")
     parser.add_argument(
-        "--compute_type", choices=("float32", "bfloat16", "int8"), help="type to compute in (default: the model's own)"
+        "--compute_type",
+        choices=("float32", "bfloat16", "int8"),
+        help="type of the computation (default: the model's dtype)",
     )
     parser.add_argument(
-        "--compiled", action="store_true", default=None, help="refuse to go on without the compiled program"
+        "--compiled", action="store_true", default=None, help="fail if the compiled engine cannot be used"
     )
     return parser
 
@@ -60,7 +73,7 @@ def build_parser() -> CommandParser:
 def main(argv: list[str]) -> None:
     """Checks, counts, loads, translates, writes."""
     arguments = build_parser().parse_args(argv)
-    # Imported here, so that --help answers at once.
+    # Imported here to keep --help fast.
     import torch
     from accelerate import PartialState
 
@@ -70,10 +83,10 @@ def main(argv: list[str]) -> None:
     refuse_impossible(arguments, processes.num_processes)
     total = None
     if processes.is_main_process and os.path.isfile(arguments.input):
-        # What is wrong with the file is said before anything is translated.
+        # Reports faults of the file before anything is translated.
         total = own_lines(sum(1 for _ in read_lines(arguments.input)), arguments.window, processes)
     translator = Translator(arguments, total, processes)
-    # Its bar ends before anything is said, an error too.
+    # Closes the progress bar before any message, also before an error.
     with translator.progress:
         unfinished = write_stream(translator) if arguments.output == "-" else write_file(translator, processes)
     warn(*unfinished)
@@ -83,7 +96,7 @@ def main(argv: list[str]) -> None:
 def refuse_impossible(arguments: argparse.Namespace, num_processes: int) -> None:
     """
     Raises:
-        UserError: an option has no sense, or does not go with the others; or there is nowhere to read from or write to.
+        UserError: an option is invalid, excludes another, or there is nothing to read from or write to.
     """
     from vanilla_transformer.training.errors import UserError
     from vanilla_transformer.training.files import make_sure_of_file
@@ -93,36 +106,36 @@ def refuse_impossible(arguments: argparse.Namespace, num_processes: int) -> None
     if arguments.output != "-":
         make_sure_of_file("output", arguments.output)
     if num_processes > 1 and (arguments.output == "-" or not os.path.isfile(arguments.input)):
-        raise UserError(f"{num_processes} processes read and write in turn: name files by --input and --output")
-    # Python's own streams: a program gives those that are closed others in their place.
+        raise UserError(f"{num_processes} processes cannot share standard streams: name files by --input and --output")
+    # Python's original streams: run_program replaces closed ones.
     for name, stream in (("input", sys.__stdin__), ("output", sys.__stdout__)):
         if getattr(arguments, name) == "-" and stream is None:
             raise UserError(f"the standard {name} is closed: name a file by --{name}")
 
 
 def own_lines(count: int, window: int, processes: Any) -> int:
-    """How many lines of `count` are in the windows of this process."""
+    """How many of `count` lines are in this process's windows."""
     starts = range(processes.process_index * window, count, processes.num_processes * window)
     return sum(min(window, count - start) for start in starts)
 
 
 def windows(lines: Iterable[str], size: int) -> Iterator[list[str]]:
-    """So many lines at a time; no more are held."""
+    """Yields `size` lines at a time; holds no more in memory."""
     lines = iter(lines)
     return iter(lambda: list(islice(lines, size)), [])
 
 
 class Translator:
     """
-    A model that translates windows of lines as the command line says, and shows how far it is.
+    Translates windows of lines with the command line's settings, and shows the progress.
 
     Args:
         arguments: the command line.
-        total: lines that this process translates, if that is known.
+        total: number of lines that this process translates, if known.
         processes: accelerate's state.
 
     Raises:
-        UserError: there is no such model, it gives no scores, or this machine cannot compute as is asked for.
+        UserError: the model does not exist, it gives no scores, or this machine does not support the compute_type.
     """
 
     def __init__(self, arguments: argparse.Namespace, total: int | None, processes: Any):
@@ -140,22 +153,22 @@ class Translator:
         if self.with_scores and beams < 2:
             raise UserError(f"num_beams={beams} gives no scores: --scores and --n_best need --num_beams 2 or more")
         if (arguments.n_best or 1) > beams:
-            raise UserError(f"--n_best {arguments.n_best} is more than num_beams={beams} find: raise --num_beams")
-        # What this machine cannot do is said before anything is translated.
+            raise UserError(f"--n_best {arguments.n_best} is more than num_beams={beams}: raise --num_beams")
+        # A trial call reports what this machine does not support before anything is translated.
         try:
             token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-            mask = torch.ones_like(token)  # whichever it is, it is no padding
+            mask = torch.ones_like(token)  # no padding, even if 0 is the padding id
             self.model.generate(token, attention_mask=mask, **{**self.options, "max_new_tokens": 1})
         except ValueError as error:
             raise UserError(str(error)) from error
-        # Of several processes the first one shows its share, times their number.
+        # With several processes, the first shows its own progress times their number.
         self.progress = tqdm(
             total=total,
             desc="translating",
             unit="lines",
             unit_scale=processes.num_processes if processes.num_processes > 1 else False,
             disable=None if processes.is_main_process else True,
-            # Long lines come first in each window: only the mean speed tells the time that is left.
+            # Long lines come first in each window, so only the mean speed predicts the remaining time.
             smoothing=0,
         )
 
@@ -167,13 +180,13 @@ class Translator:
 
     def translate(self, number: int, lines: list[str]) -> tuple[str, list[int]]:
         """
-        Translates the window of this number, from 0.
+        Translates window `number`, counted from 0.
 
         Returns:
-            What to write, and the numbers, from 1, of the lines whose best translation ran into the greatest length.
+            The text to write, and the numbers, from 1, of the lines whose best translation reached the maximum length.
 
         Raises:
-            DataError: a line is longer than learned positions reach.
+            DataError: a line has more tokens than learned positions.
         """
         from vanilla_transformer.training.translator import encode, translate_rows
 
@@ -194,7 +207,7 @@ class Translator:
         return text, [line for line, hypotheses in enumerate(found, first + 1) if not hypotheses[0].ended]
 
     def _format(self, line: int, hypotheses: list) -> str:
-        # A line is a line: a line feed that the model wrote would shift all that follow.
+        # A line feed generated by the model would shift all following lines.
         texts = [hypothesis.text.replace("\n", " ") for hypothesis in hypotheses]
         if not self.with_scores:
             return f"{texts[0]}\n"
@@ -204,14 +217,14 @@ class Translator:
         return "".join(f"{line} ||| {text} ||| {score}\n" for text, score in scored)
 
     def skip(self, count: int) -> None:
-        """Lines that were translated before: they count, but not for the speed."""
+        """Counts lines that were translated earlier, without counting them for the speed."""
         if not self.progress.disable:
             self.progress.initial += count
             self.progress.n += count
             self.progress.refresh()
 
     def settings(self) -> dict[str, Any]:
-        """All that decides what is written for a line: the same settings give the same lines."""
+        """Everything that decides the output: the same settings give the same lines."""
         import torch
 
         digest = hashlib.blake2b(digest_size=8)
@@ -224,7 +237,7 @@ class Translator:
 
 
 def write_stream(translator: Translator) -> tuple[int, list[int]]:
-    """Prints each window; returns how many lines ran into the greatest length, and the first of them."""
+    """Prints each window. Returns how many translations reached the maximum length, and their first line numbers."""
     from .parts import NAMED
 
     count, first = 0, list[int]()
@@ -238,13 +251,13 @@ def write_stream(translator: Translator) -> tuple[int, list[int]]:
 
 def write_file(translator: Translator, processes: Any) -> tuple[int, list[int]]:
     """
-    Writes this process's windows, but for those that are there; the main process then joins all of them.
+    Writes this process's windows, except those already done. The main process then joins all of them.
 
     Returns:
-        As write_stream; nothing where this is not the main process.
+        As write_stream in the main process; (0, []) in the others.
 
     Raises:
-        UserError: what was begun there is not the beginning of this.
+        UserError: the existing parts are from another translation.
     """
     from .parts import Parts
 
@@ -268,11 +281,11 @@ def write_file(translator: Translator, processes: Any) -> tuple[int, list[int]]:
 
 
 def warn(count: int, first: list[int]) -> None:
-    """Tells of translations that may have been cut."""
+    """Warns of translations that may have been cut."""
     if count:
         lines = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
         print(
-            f"warning: {count} of the translations did not end before the greatest length (lines {lines}): raise "
+            f"warning: {count} of the translations reached the maximum length and may be cut (lines {lines}): raise "
             "--max_new_tokens, or look at these lines",
             file=sys.stderr,
         )

@@ -424,11 +424,11 @@ def test_a_hostile_checkpoint_is_not_resumed_from(ruin, message, checkpoint, mar
     assert message in damage(checkpoint)
     # By path it is refused, and by "last" not chosen.
     args = TrainingArguments(output_dir=str(checkpoint.parent), resume_from_checkpoint=str(checkpoint))
-    with pytest.raises(RecipeError, match="is not a whole checkpoint") as refused:
+    with pytest.raises(RecipeError, match="is not an intact checkpoint") as refused:
         checkpoint_to_resume(args)
     assert message in str(refused.value)
     args.resume_from_checkpoint = "last"
-    with pytest.raises(CheckpointError, match="no checkpoint is whole") as refused:
+    with pytest.raises(CheckpointError, match="no checkpoint is intact") as refused:
         checkpoint_to_resume(args)
     assert message in str(refused.value)
 

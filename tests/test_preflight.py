@@ -225,7 +225,7 @@ def word_tokenizer(vocabulary: dict[str, int], **special) -> PreTrainedTokenizer
 NUMBERED = {word: number for number, word in enumerate(WORDS, 4)}
 TOKENIZERS = {
     "all is well": (NUMBERED, {}, "ok", "14 subwords"),
-    "numbers with gaps": (NUMBERED | {"zero": 99}, {}, "error", "numbers them up to 99, .*vocab_size=15"),
+    "numbers with gaps": (NUMBERED | {"zero": 99}, {}, "error", "ids up to 99, .*vocab_size=15"),
     "ids outside the network": (NUMBERED | {"ten": 99}, {}, "error", "train target: ids from 2 to 99, .*vocab_size=14"),
     "padding that is an end": (NUMBERED, {"pad_token": "</s>"}, "error", "pad_token and eos_token share the id 2"),
     "a start that is an end": (NUMBERED, {"bos_token": "</s>"}, "warning", "bos_token and eos_token share the id 2"),

@@ -175,7 +175,7 @@ def test_a_stream_that_has_changed_is_refused(begun, tmp_path):
     main([*argv, "--max_steps", "2"])
     for name in ("train.en", "train.de"):
         cut_line(tmp_path / name)
-    with pytest.raises(PreflightError, match=r"train: train.en of \d+ bytes, .* is of a run with train.en of \d+"):
+    with pytest.raises(PreflightError, match=r"train: train.en of \d+ bytes, .* is from a run with train.en of \d+"):
         main([*argv, *LAST, "--max_steps", "4"])
 
 

@@ -157,7 +157,7 @@ def test_a_warning_counts_and_names_the_translations_that_did_not_end(folder, al
         SCRIPT.main(command(folder, tmp_path, make_lines(60), *options, "--window", window, name=f"{number}.txt"))
         cut = [number for number, one in enumerate(alone, 1) if not one.ended]
         assert 5 < len(cut) < 50
-        start = f"warning: {len(cut)} of the translations reached the maximum length"
+        start = f"warning: {len(cut)} of the translations reached the maximum length and may be cut"
         assert f"{start} (lines {', '.join(map(str, cut[:5]))}, ...)" in capsys.readouterr().err
 
 

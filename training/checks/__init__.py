@@ -1,1 +1,1 @@
-"""What is found out before the first update: errors that would end the run later, and what the run will take."""
+"""Checks before the first update: errors that would end the run later, and the resources that the run needs."""

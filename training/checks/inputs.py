@@ -1,4 +1,4 @@
-"""Says before the first update what would end a run later: what the text, the ids and the fields alone can tell."""
+"""Checks of text, ids and fields, before the first update, for errors that would end a run later."""
 
 import json
 from collections.abc import Iterator
@@ -18,43 +18,43 @@ from ..settings.rules import check_fields
 from .prepared import COLUMNS, SAMPLE, Lengths, Run, longest_rows
 
 
-# More than this share of a thing deserves a warning.
+# A share above one of these deserves a warning (for TOO_MANY_UNKNOWN, an error).
 MANY_UNKNOWN, TOO_MANY_UNKNOWN = 0.01, 0.2
 MANY_LEFT_OUT = 0.05
 
 
 def check_inputs(run: Run) -> list[Finding]:
-    """Findings on data, vocabulary, lengths, decoding and fields, before there is a Trainer."""
+    """Findings on data, vocabulary, lengths, decoding and fields. They need no Trainer."""
     checks = (check_rows, check_resumption, check_vocabulary, check_lengths, check_decoding)
     found = [finding for check in checks for finding in check(run)]
     return [*found, *check_fields(run.recipe.training, has_validation="validation" in run.rows)]
 
 
 def check_rows(run: Run) -> Iterator[Finding]:
-    """How many rows there are for each split, and how many the limits on length leave out."""
+    """The number of rows of each split, and how many training rows the length limits skip."""
     data, args = run.recipe.data, run.recipe.training
     counts = {split: len(rows) for split, rows in run.pairs.items() if isinstance(rows, Dataset)}
     kept = {split: len(rows) for split, rows in run.rows.items() if isinstance(rows, Dataset)}
-    told = ", ".join(f"{count:,} {split}" for split, count in (counts | kept).items())
-    streamed = f"; train is streamed, and told from its first {SAMPLE:,}" if data.streaming else ""
-    yield ok("data", f"rows: {told}{streamed}")
+    listed = ", ".join(f"{count:,} {split}" for split, count in (counts | kept).items())
+    streamed = f"; train is streamed, checked by its first {SAMPLE:,}" if data.streaming else ""
+    yield ok("data", f"rows: {listed}{streamed}")
     for split, count in kept.items():
         if count < args.world_size:
             yield error(
                 "data",
-                f"{split}_file: {count} rows cannot be dealt to {args.world_size} processes: add data, or take fewer",
+                f"{split}_file: {count} rows are too few for {args.world_size} processes: add data, or use fewer",
             )
     left_out = 1 - kept["train"] / counts["train"] if "train" in kept and "train" in counts else 0
     if left_out > MANY_LEFT_OUT:
         yield warning(
             "data",
             f"{left_out:.1%} of the training rows are longer than max_source_length={data.max_source_length} or "
-            f"max_target_length={data.max_target_length}, and left out: raise them, or learn more subwords",
+            f"max_target_length={data.max_target_length} and are skipped: raise them, or learn more subwords",
         )
 
 
 def check_resumption(run: Run) -> Iterator[Finding]:
-    """Whether a run that is resumed reads what it has read before."""
+    """Whether a resumed run reads the same data as before."""
     path = Path(run.checkpoint or "", DATA_NAME)
     if run.checkpoint is None or not path.exists():
         return
@@ -62,33 +62,33 @@ def check_resumption(run: Run) -> Iterator[Finding]:
         if (now := run.data.get(split, before)) != before:
             yield error(
                 "data",
-                f"{split}: {now}, but {run.checkpoint} is of a run with {before}: give the same data, or begin a new "
+                f"{split}: {now}, but {run.checkpoint} is from a run with {before}: give the same data, or start a new "
                 "run in another output_dir",
             )
 
 
 def check_vocabulary(run: Run) -> Iterator[Finding]:
-    """Whether every id has its row in the embeddings and means one thing, and how much of the text is unknown."""
+    """Whether every id has an embedding and a single meaning, and how much of the text is unknown."""
     tokenizer, config = run.tokenizer, run.model.config
     name = f"tokenizer={run.recipe.tokenizer.tokenizer}"
     special = {part: getattr(tokenizer, f"{part}_token_id") for part in ("pad", "bos", "eos", "unk")}
     numbers = ", ".join(f"{part} {number}" for part, number in special.items())
     asked = run.recipe.tokenizer.vocab_size
-    few = "" if run.recipe.tokenizer.tokenizer or len(tokenizer) == asked else f" (the text holds no {asked:,})"
+    few = "" if run.recipe.tokenizer.tokenizer or len(tokenizer) == asked else f" (the text has fewer than {asked:,})"
     yield ok("vocabulary", f"{len(tokenizer):,} subwords{few}; {numbers}")
 
     highest = max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
         yield error(
             "vocabulary",
-            f"{name} has {len(tokenizer)} subwords but numbers them up to {highest}, and the network has vocab_size="
-            f"{config.vocab_size}: number them without gaps",
+            f"{name} has {len(tokenizer)} subwords but ids up to {highest}, and the network has vocab_size="
+            f"{config.vocab_size}: number the ids without gaps",
         )
     for part in ("bos", "eos", "unk"):
         if special[part] == special["pad"]:
             yield error(
                 "vocabulary",
-                f"{name}: pad_token and {part}_token share the id {special['pad']}, and padding is never learned: "
+                f"{name}: pad_token and {part}_token share the id {special['pad']}, but padding is never learned: "
                 "give the tokenizer a pad_token of its own",
             )
     if special["bos"] == special["eos"]:
@@ -99,26 +99,26 @@ def check_vocabulary(run: Run) -> Iterator[Finding]:
 
 
 def check_ids(where: str, ids: pa.ChunkedArray, unknown: int | None, vocab_size: int) -> Iterator[Finding]:
-    """Whether all ids of a side have a row in the embeddings, and how many are the unknown token."""
+    """Whether all ids of a side have an embedding, and how many are the unknown token."""
     lowest, highest = pc.min_max(ids).as_py().values()
     if lowest < 0 or highest >= vocab_size:
         yield error(
             "vocabulary",
-            f"{where}: ids from {lowest} to {highest}, and vocab_size={vocab_size} has 0 to {vocab_size - 1}: take the "
-            "tokenizer that the network was made for",
+            f"{where}: ids from {lowest} to {highest}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}: use "
+            "the network's own tokenizer",
         )
     share = 0.0 if unknown is None else pc.sum(pc.equal(ids, unknown)).as_py() / len(ids)
     if share > MANY_UNKNOWN:
         verdict = error if share > TOO_MANY_UNKNOWN else warning
         yield verdict(
             "vocabulary",
-            f"{where}: {share:.1%} of the tokens are unknown to the tokenizer: take one made for this language, or "
+            f"{where}: {share:.1%} of the tokens are unknown to the tokenizer: use one for this language, or "
             "leave tokenizer out to learn one",
         )
 
 
 def check_lengths(run: Run) -> Iterator[Finding]:
-    """Whether the longest row fits into a batch, and its last token onto a learned position."""
+    """Whether the longest row fits into a batch and into the learned positions."""
     args, lengths = run.recipe.training, run.lengths
     sides = [
         f"{side} {found.min()} to {found.max()} (mean {found.mean():.1f})" for side, found in lengths["train"].items()
@@ -129,7 +129,7 @@ def check_lengths(run: Run) -> Iterator[Finding]:
         del budgets["train"]
     for split, field in budgets.items():
         if split in lengths and (found := longest_rows(lengths[split])).max() > getattr(args, field):
-            remedy = ", or leave longer rows out by max_source_length and max_target_length" if split == "train" else ""
+            remedy = ", or skip longer rows by max_source_length and max_target_length" if split == "train" else ""
             yield error(
                 "lengths",
                 f"{split}, row {found.argmax() + 1}: {found.max()} tokens are more than a batch may hold, "
@@ -140,7 +140,7 @@ def check_lengths(run: Run) -> Iterator[Finding]:
 
 
 def check_positions(run: Run) -> Iterator[Finding]:
-    """Whether learned positions reach the end of every row, also of those that are translated after the training."""
+    """Whether learned positions suffice for every row, including the test rows translated after training."""
     limit = run.model.config.max_position_embeddings
     longest = {split: longest_rows(found) for split, found in run.lengths.items()}
     if "test" in run.pairs:
@@ -150,19 +150,19 @@ def check_positions(run: Run) -> Iterator[Finding]:
         if found.max() > limit:
             yield error(
                 "lengths",
-                f"{split}, row {found.argmax() + 1}: {found.max()} tokens, but learned positions reach "
-                f"max_position_embeddings={limit}: raise it, or set position_embedding_type=sinusoidal",
+                f"{split}, row {found.argmax() + 1}: {found.max()} tokens, but there are only "
+                f"max_position_embeddings={limit} positions: raise it, or set position_embedding_type=sinusoidal",
             )
 
 
 def check_decoding(run: Run) -> Iterator[Finding]:
-    """Whether the generation config can be saved and used, and lets translations be as long as the references."""
+    """Whether the generation config is valid, and allows translations as long as the references."""
     generation, config, args = run.model.generation_config, run.model.config, run.recipe.training
     limit = generation.max_new_tokens
-    told = f"{limit} tokens" if limit else f"the source's length + {MAX_EXTRA_TOKENS}"
+    longest = f"{limit} tokens" if limit else f"the source's length + {MAX_EXTRA_TOKENS}"
     yield ok(
         "decoding",
-        f"num_beams={generation.num_beams} ({args.generation_num_beams} while training), at most {told}",
+        f"num_beams={generation.num_beams} ({args.generation_num_beams} while training), at most {longest}",
     )
     try:
         # As strictly as when it is saved.
@@ -172,7 +172,7 @@ def check_decoding(run: Run) -> Iterator[Finding]:
     if limit and config.position_embedding_type == "learned" and limit > config.max_position_embeddings:
         yield error(
             "decoding",
-            f"max_new_tokens={limit} goes beyond the learned positions, max_position_embeddings="
+            f"max_new_tokens={limit} exceeds the learned positions, max_position_embeddings="
             f"{config.max_position_embeddings}: lower the one or raise the other",
         )
     if "validation" in run.lengths:
@@ -180,9 +180,9 @@ def check_decoding(run: Run) -> Iterator[Finding]:
 
 
 def check_cuts(max_new_tokens: int | None, max_length: int | None, lengths: Lengths) -> Iterator[Finding]:
-    """Whether a limit on the length of translations cuts what should be as long as the references."""
+    """Whether a limit on the length of translations is shorter than some references."""
     most: Any = max_new_tokens or lengths["source"] + MAX_EXTRA_TOKENS
-    # transformers counts the decoder's start in max_length.
+    # transformers counts the decoder's start token in max_length.
     limits = {"max_new_tokens": most, "generation_max_length": max_length and max_length - 1}
     for name, limit in limits.items():
         if limit is not None and (cut := (lengths["target"] > limit).sum()):

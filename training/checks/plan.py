@@ -1,4 +1,4 @@
-"""What a run will do, and what it needs: batches, updates, checkpoints, disk and memory, before the first update."""
+"""Computes, before the first update, a run's batches, updates and checkpoints, and the disk and memory it needs."""
 
 import logging
 import math
@@ -25,16 +25,16 @@ from .prepared import COLUMNS, Lengths, Run
 
 logger = logging.getLogger(__name__)
 
-# More than this share of a thing deserves a warning.
+# A share above one of these deserves a warning.
 MUCH_PADDING = 0.2
 NEARLY_FULL = 0.9
-# Rows on which bfloat16 is timed, at most: where it is emulated, more would take long.
+# Maximum rows on which bfloat16 is timed: more would take long where it is emulated.
 MOST_TIMED = 256
 MUCH_SLOWER = 1.3
 
 
 class Plan(NamedTuple):
-    """What the run will do. Tokens are those of one update in all processes, without padding."""
+    """What the run will do. Tokens are per update over all processes, without padding."""
 
     source_tokens: float
     target_tokens: float
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     updates: int
 
     def epochs(self) -> float:
-        """How often the data is seen; 0 where it is streamed."""
+        """The number of passes over the data; 0 for a stream."""
         return self.updates / self.updates_per_epoch if self.updates_per_epoch else 0.0
 
     def __str__(self) -> str:
@@ -56,12 +56,12 @@ class Plan(NamedTuple):
 
 
 def check_plan(run: Run, trainer: TranslationTrainer) -> list[Finding]:
-    """Findings on batches, schedule, disk and memory; logs what an update and an epoch are."""
+    """Findings on batches, schedule, disk and memory. Logs the sizes of an update and of an epoch."""
     plan = make_plan(run, trainer)
     logger.info("%s", plan)
     findings = [*check_batches(run, plan), *check_schedule(run, plan), *check_disk(run, plan)]
     findings += check_precision(run, trainer.args.device)
-    # A sharded model takes its share of every process's memory: only the updates can tell.
+    # The memory of a sharded model is measured only by real updates.
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         findings += check_memory(run.model, trainer.args.device)
     return findings
@@ -87,9 +87,9 @@ def make_plan(run: Run, trainer: TranslationTrainer) -> Plan:
 
 
 def padding_of(batches: Iterable[list[int]], lengths: Lengths) -> float:
-    """Share of the places in these batches that hold padding, both sides together."""
+    """The share of padding in these batches, both sides together."""
     tokens = places = 0
-    # The run must shuffle as if nobody had looked.
+    # Must not change the run's own shuffling.
     with torch.random.fork_rng(devices=[]):
         for batch in batches:
             for side in lengths.values():
@@ -99,7 +99,7 @@ def padding_of(batches: Iterable[list[int]], lengths: Lengths) -> float:
 
 
 def check_batches(run: Run, plan: Plan) -> Iterator[Finding]:
-    """What an update is."""
+    """The size of an update, and its padding."""
     yield ok("batches", str(plan))
     strategy = run.recipe.training.train_sampling_strategy
     if strategy != "token_budget" and plan.padding > MUCH_PADDING:
@@ -110,7 +110,7 @@ def check_batches(run: Run, plan: Plan) -> Iterator[Finding]:
 
 
 def check_schedule(run: Run, plan: Plan) -> Iterator[Finding]:
-    """How many updates, evaluations and checkpoints there will be, and whether they are enough."""
+    """The numbers of updates, evaluations and checkpoints, and whether they are enough."""
     args = run.recipe.training
     evaluations, saves = occasions(args, "eval", plan), occasions(args, "save", plan)
     epochs = f" ({plan.epochs():.1f} epochs)" if plan.updates_per_epoch else ""
@@ -119,8 +119,8 @@ def check_schedule(run: Run, plan: Plan) -> Iterator[Finding]:
     if warmup >= plan.updates:
         yield warning(
             "schedule",
-            f"warmup_steps={warmup} lasts for all of the {plan.updates} updates, and the learning rate never reaches "
-            "its peak: lower it, or raise max_steps or num_train_epochs",
+            f"warmup_steps={warmup} covers all {plan.updates} updates, so the learning rate never reaches its peak: "
+            "lower it, or raise max_steps or num_train_epochs",
         )
     if args.average_checkpoints and args.average_checkpoints > saves > 0:
         yield warning(
@@ -139,15 +139,15 @@ def occasions(args: TrainingArguments, kind: str, plan: Plan) -> int:
     if strategy == "epoch":
         return math.ceil(plan.epochs())
     every = getattr(args, f"{kind}_steps")
-    # Below 1 it is a share of the run.
+    # A value below 1 is a share of the run.
     return math.ceil(plan.updates / (every if every >= 1 else math.ceil(every * plan.updates)))
 
 
 def check_disk(run: Run, plan: Plan) -> Iterator[Finding]:
-    """Whether the checkpoints that are kept, the one being written, and the model itself find room."""
+    """Whether the kept checkpoints, the one being written, and the model itself fit on the disk."""
     args = run.recipe.training
     weights = run.model.get_memory_footprint(return_buffers=False)
-    # Of what is trained: with adapters, these.
+    # Of the trained weights only: with LoRA, the adapters.
     checkpoint = optimizer_bytes(run.model) // 2 * (1 + (args.ema_decay is not None))
     if not args.save_only_model:
         checkpoint += optimizer_bytes(run.model)
@@ -171,12 +171,12 @@ def check_disk(run: Run, plan: Plan) -> Iterator[Finding]:
 
 
 def optimizer_bytes(model: PreTrainedModel) -> int:
-    """Adam's two moments of every weight that is trained."""
+    """The size in bytes of Adam's two moments of every trained weight."""
     return 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
 def check_precision(run: Run, device: torch.device) -> Iterator[Finding]:
-    """Whether bfloat16 is slower than float32 here: without instructions for it, it is many times slower."""
+    """Whether bfloat16 is slower than float32 here: without hardware support it is many times slower."""
     args, config = run.recipe.training, run.model.config
     if not args.bf16:
         return
@@ -192,8 +192,8 @@ def check_precision(run: Run, device: torch.device) -> Iterator[Finding]:
 
 
 def time_product(rows: int, inputs: int, outputs: int, device: torch.device, bf16: bool) -> float:
-    """Seconds that a product of the network takes with its gradients, at best of three."""
-    # No random numbers: the run must draw as if nobody had looked.
+    """Seconds of a linear layer's forward and backward pass, the best of three."""
+    # No random numbers: this must not change the run's own.
     states, weight, bias = (
         torch.ones(shape, device=device, requires_grad=True) for shape in ((rows, inputs), (outputs, inputs), outputs)
     )
@@ -207,7 +207,7 @@ def time_product(rows: int, inputs: int, outputs: int, device: torch.device, bf1
 
 
 def now() -> float:
-    """The time once the device has done what it was given."""
+    """The time after the device has finished its queued work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -15,7 +15,7 @@ from ..loop.resuming import fingerprint
 from ..settings.recipe import Recipe
 
 
-# Rows that stand for a streamed data set, whose length nobody knows.
+# Number of rows that represent a streamed data set in the checks.
 SAMPLE = 10_000
 COLUMNS = {"source": "input_ids", "target": "labels"}
 
@@ -24,7 +24,7 @@ Lengths = dict[str, np.ndarray]
 
 @dataclass
 class Run:
-    """What a run has made before it trains, and the checkpoint that it resumes from, if it does."""
+    """What a run has prepared before it trains, and the checkpoint that it resumes from, if any."""
 
     recipe: Recipe
     pairs: Any
@@ -35,7 +35,7 @@ class Run:
 
     @cached_property
     def data(self) -> dict[str, str]:
-        """What identifies the data of each split, in words."""
+        """A description that identifies the data of each split."""
         return fingerprint(self.recipe.data, self.tables)
 
     @cached_property

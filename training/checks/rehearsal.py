@@ -1,6 +1,6 @@
-"""`vanilla-transformer train RECIPE.yaml --check`: what only real updates tell.
+"""`vanilla-transformer train RECIPE.yaml --check`: measures time and memory by a few real updates.
 
-It makes a few of them besides the checks that every run makes, prints everything as a table, and leaves nothing behind.
+It runs all checks of a normal run, makes the updates, prints the findings as a table, and leaves no files behind.
 """
 
 import copy
@@ -28,17 +28,17 @@ from .plan import NEARLY_FULL, Plan, check_plan, make_plan, now, occasions
 from .prepared import Run, longest_rows
 
 
-# Updates that are timed, after one on the longest batch.
+# Number of timed updates, after one on the longest batch.
 TIMED = 5
 
 
 def rehearse(run: Run, build_trainer: Callable[..., TranslationTrainer]) -> None:
     """
-    `--check`: all checks and a few real updates, in a folder that is thrown away; prints what was found.
+    `--check`: runs all checks and a few real updates in a temporary folder, and prints the findings.
 
     Args:
-        run: what would be trained. Its model is used up.
-        build_trainer: makes the run's Trainer of a recipe, a model, a tokenizer and rows.
+        run: the prepared run. The updates change its model.
+        build_trainer: makes the run's Trainer from a recipe, a model, a tokenizer and rows.
 
     Raises:
         SystemExit: with status 2, if the run cannot start.
@@ -58,7 +58,7 @@ def rehearse(run: Run, build_trainer: Callable[..., TranslationTrainer]) -> None
 
 
 class Stopwatch(TrainerCallback):
-    """Notes when each update ended, and the process's memory before the first."""
+    """Records when each update ended, and the process's memory before the first."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts."""
@@ -66,16 +66,16 @@ class Stopwatch(TrainerCallback):
         self.ends = [now()]
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Notes one."""
+        """Records the end of an update."""
         self.ends.append(now())
 
     def seconds(self) -> list[float]:
-        """How long each update took, its batch's making included."""
+        """The duration of each update, including making its batch."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
 
 class FewBatches:
-    """A loader of so many of a loader's batches, after some others."""
+    """A loader of some given batches, then the first `count` batches of another loader."""
 
     def __init__(self, first: list, loader: Iterable, count: int):
         self.first, self.loader, self.count = first, loader, count
@@ -88,7 +88,7 @@ class FewBatches:
 
 
 def throwaway(args: TrainingArguments, folder: str) -> TrainingArguments:
-    """The arguments of the run, for updates that are neither logged nor saved."""
+    """A copy of the run's arguments that neither logs, evaluates nor saves."""
     args = copy.copy(args)
     args.output_dir = folder
     args.eval_strategy = args.logging_strategy = args.save_strategy = "no"
@@ -100,7 +100,7 @@ def throwaway(args: TrainingArguments, folder: str) -> TrainingArguments:
 
 
 def measure(run: Run, trainer: TranslationTrainer) -> list[Finding]:
-    """Makes one update on the longest batch and some on the run's own first ones, and evaluates one batch."""
+    """Makes one update on the longest batch and TIMED on the run's first batches, and evaluates one batch."""
     plan, args = make_plan(run, trainer), trainer.args
     accumulation = args.gradient_accumulation_steps
     first = longest_batch(run, trainer)
@@ -119,11 +119,11 @@ def measure(run: Run, trainer: TranslationTrainer) -> list[Finding]:
         if not should_reduce_batch_size(problem):
             raise
         return [out_of_memory(first, trainer)]
-    return [*tell_memory(run, trainer, stopwatch), *tell_time(run, plan, stopwatch.seconds(), evaluation)]
+    return [*memory_findings(run, trainer, stopwatch), *time_findings(run, plan, stopwatch.seconds(), evaluation)]
 
 
 def longest_batch(run: Run, trainer: TranslationTrainer) -> dict[str, torch.Tensor]:
-    """The longest rows, as many as train together."""
+    """A batch of the longest rows."""
     args, longest = trainer.args, longest_rows(run.lengths["train"])
     order = np.argsort(-longest, kind="stable")
     size = args.train_batch_size
@@ -133,7 +133,7 @@ def longest_batch(run: Run, trainer: TranslationTrainer) -> dict[str, torch.Tens
 
 
 def out_of_memory(batch: dict[str, torch.Tensor], trainer: TranslationTrainer) -> Finding:
-    """What to do about a batch that does not fit."""
+    """The error for a batch that does not fit into memory."""
     args = trainer.args
     name = "tokens" if args.train_sampling_strategy == "token_budget" else "size"
     field = f"per_device_train_batch_{name}"
@@ -148,9 +148,9 @@ def out_of_memory(batch: dict[str, torch.Tensor], trainer: TranslationTrainer) -
 
 def time_evaluation(trainer: TranslationTrainer) -> float:
     """
-    Seconds of one evaluation, from a middling batch of it.
+    Estimates the seconds of one evaluation from one of its batches, the middle one by length.
 
-    A model that has learned nothing does not end its sentences, so they end where the longest reference does.
+    An untrained model does not end its sentences, so they are cut at the length of the longest reference.
     """
     args, rows = trainer.args, trainer.eval_dataset
     batches = list(token_budget(rows, args.per_device_eval_batch_tokens * args.world_size, shuffle=False))
@@ -160,8 +160,8 @@ def time_evaluation(trainer: TranslationTrainer) -> float:
     return (time.perf_counter() - start) * len(batches)
 
 
-def tell_memory(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch) -> Iterator[Finding]:
-    """The most memory that was taken, and how much of it the activations were."""
+def memory_findings(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch) -> Iterator[Finding]:
+    """The peak memory, and the activations' share of it."""
     device = trainer.args.device
     state = sum(
         value.nbytes
@@ -189,8 +189,8 @@ def tell_memory(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch) -> 
     )
 
 
-def tell_time(run: Run, plan: Plan, seconds: list[float], evaluation: float) -> Iterator[Finding]:
-    """How long the run will take, its last scoring aside."""
+def time_findings(run: Run, plan: Plan, seconds: list[float], evaluation: float) -> Iterator[Finding]:
+    """The estimated time of the run, without the final scoring."""
     update = statistics.median(seconds[1:])
     evaluations = occasions(run.recipe.training, "eval", plan)
     total = plan.updates * update + evaluations * evaluation

@@ -19,30 +19,30 @@ EMA_NAME = "ema.safetensors"
 
 
 class AveragingError(UserError):
-    """Checkpoints that have no mean."""
+    """Checkpoints that cannot be averaged."""
 
 
 def last_checkpoints(folder: str | Path, count: int) -> list[Path]:
     """The last `count` checkpoints in a run's folder, the oldest first; all of them if the run was too short."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
-    # What is not a number is still being written.
+    # A name without a number belongs to a checkpoint that is still being written.
     return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]))[-count:]
 
 
 def load_average(model: PreTrainedModel, checkpoints: Sequence[Path]) -> None:
     """
-    Gives `model` the mean of the checkpoints' weights, added up in float64, one tensor at a time: it takes the memory
-    of the model, however many checkpoints there are.
+    Replaces the weights of `model` by the mean of the checkpoints' weights. It sums in float64, one tensor at a time,
+    so its memory does not grow with the number of checkpoints.
 
     Args:
-        model: a model of the checkpoints' kind; its weights are replaced, their dtype stays.
+        model: a model of the checkpoints' architecture; its dtypes stay.
         checkpoints: folders of saved models.
 
     Raises:
         AveragingError: as `refuse_different` does.
     """
     refuse_different(checkpoints)
-    # The weights themselves, a shared one under each of its names. A checkpoint stores it once.
+    # state_dict lists a shared tensor under each of its names; a checkpoint stores it once.
     weights = model.state_dict()
     with ExitStack() as stack:
         files = [stack.enter_context(_open(path)) for path in checkpoints]
@@ -52,10 +52,10 @@ def load_average(model: PreTrainedModel, checkpoints: Sequence[Path]) -> None:
 
 def refuse_different(checkpoints: Sequence[Path]) -> None:
     """
-    Looks at the checkpoints without reading their weights.
+    Compares the checkpoints without reading their weights.
 
     Raises:
-        AveragingError: a checkpoint is none, is damaged, or is of another model than the first.
+        AveragingError: a folder is not a checkpoint, is damaged, or holds another model than the first.
     """
     kinds = [_kind(path) for path in checkpoints]
     for path, kind in zip(checkpoints, kinds, strict=True):
@@ -63,13 +63,13 @@ def refuse_different(checkpoints: Sequence[Path]) -> None:
             first, other = kinds[0].get(name, "absent"), kind.get(name, "absent")
             if first != other:
                 raise AveragingError(
-                    f"{checkpoints[0]} and {path} are not of one model: {name} is {first} in the one and {other} in "
-                    "the other"
+                    f"{checkpoints[0]} and {path} are from different models: {name} is {first} in the one and {other} "
+                    "in the other"
                 )
 
 
 def _kind(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoints of one model have in common: the fields of the configuration and the shapes of the tensors."""
+    """The fields of the configuration and the shapes of the tensors, which all checkpoints of a model share."""
     with _open(checkpoint) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
     try:
@@ -91,11 +91,11 @@ def _open(checkpoint: Path) -> safe_open:
 
 class ExponentialMean(TrainerCallback):
     """
-    The mean of the weights after each update, of which the last weigh most: after update t those after update s weigh
-    in proportion to decay^(t - s). The proportions add up to 1 from the first update on, as those of Adam's moments do
-    (Kingma & Ba, 2015, section 3), so the random weights that a run begins with never count.
+    The exponential moving average of the weights: after update t, the weights after update s count in proportion to
+    decay^(t - s). The factors sum to 1 from the first update on, like those of bias-corrected Adam (Kingma & Ba, 2015,
+    section 3), so the random initial weights never count.
 
-    When training ends, the model is given the mean.
+    When training ends, the model gets the mean.
 
     Args:
         decay: between 0 and 1; the mean reaches back some 1 / (1 - decay) updates.
@@ -106,7 +106,7 @@ class ExponentialMean(TrainerCallback):
         self.mean: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Takes the weights to follow, which are trained; those that are shared count once."""
+        """Collects the trained weights, each shared one once."""
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         # A run that resumes has loaded its mean by now.
         start = self.mean or self.weights
@@ -121,13 +121,13 @@ class ExponentialMean(TrainerCallback):
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, **kwargs):
-        """Ends with the mean."""
+        """Replaces the weights by the mean."""
         for name, weight in self.weights.items():
             weight.copy_(self.mean[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the mean for its weights inside, and its own weights, to the bit, after it."""
+        """Inside the `with`, the model has the mean as its weights. Afterwards its own are restored bit for bit."""
         self._swap()
         try:
             yield
@@ -150,12 +150,12 @@ class ExponentialMean(TrainerCallback):
         Reads the mean of a checkpoint.
 
         Raises:
-            AveragingError: it holds none.
+            AveragingError: the checkpoint holds no mean.
         """
         path = Path(checkpoint, EMA_NAME)
         if not path.exists():
             raise AveragingError(
-                f"ema_decay={self.decay}, but {checkpoint} is of a run without it and holds no {EMA_NAME}: leave "
-                "ema_decay out, or begin a new run"
+                f"ema_decay={self.decay}, but {checkpoint} is from a run without it and holds no {EMA_NAME}: leave "
+                "ema_decay out, or start a new run"
             )
         self.mean = load_file(path)

@@ -11,21 +11,21 @@ from ..settings.recipe import Recipe, lasting
 
 
 class Clock(TrainerCallback):
-    """Adds the minutes of training so far to what is logged, so that curves can be drawn over time."""
+    """Adds the minutes of training so far to each log entry, so that curves can be drawn over time."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Starts the clock, for a run that resumes at the minutes it had reached."""
+        """Starts the clock. A resumed run continues at its logged minutes."""
         before = max((entry.get("minutes", 0) for entry in state.log_history), default=0)
         self.started = time.monotonic() - 60 * before
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Stamps the entry."""
+        """Adds the minutes to the last entry."""
         if state.log_history:
             state.log_history[-1]["minutes"] = round((time.monotonic() - self.started) / 60, 3)
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' own, which counts on where a run resumes: the stock one begins again at 0."""
+    """transformers' callback, except that a resumed run keeps its count. The stock one restarts at 0."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Counts the evaluations since the best one."""
@@ -36,13 +36,13 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class RecipeWriter(TrainerCallback):
-    """Writes recipe.yaml, which marks the folder as a run's, after all checks and before the first update."""
+    """Writes recipe.yaml, which marks a run's folder, after all checks and before the first update."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """The checkpoint has been loaded, if there is one, and the first update comes."""
+        """Writes the file: any checkpoint has been loaded by now, and the first update follows."""
         if state.is_world_process_zero:
             write_beside(Path(args.output_dir, "recipe.yaml"), lasting(self.recipe.given))
 

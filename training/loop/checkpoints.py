@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, and what else is found in a run's folder.
+"""Atomic checkpoints: they are complete or missing. Also cleans up a run's folder after a crash.
 
-A checkpoint is written into `tmp-checkpoint-N` in the run's folder, by every process. Its manifest comes last, with the
-size and the checksum of each file; when all of it is on the disk the folder is renamed to `checkpoint-N`. What a run
-saves because of a signal is called `interrupted-N`. It is for resuming only: it is not counted among the checkpoints
-that are kept or averaged, and is deleted when the next checkpoint is there.
+All processes write a checkpoint into `tmp-checkpoint-N` in the run's folder. The manifest, with size and checksum of
+each file, is written last; when everything is on the disk, the folder is renamed to `checkpoint-N`. A checkpoint saved
+after a signal is called `interrupted-N`. It serves only for resuming: it is neither kept nor averaged, and is deleted
+at the next checkpoint.
 """
 
 import json
@@ -30,7 +30,7 @@ from ..files import put_in_place, to_disk
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# Names the data that the run reads.
+# Identifies the data that the run reads.
 DATA_NAME = "data.json"
 UNFINISHED = "tmp-"
 TORN = "torn-"
@@ -38,17 +38,17 @@ KINDS = ("checkpoint", "interrupted")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or not be resumed from."""
+    """A checkpoint that cannot be written or resumed from."""
 
 
 def damage(checkpoint: Path) -> str | None:
     """
-    What is wrong with a checkpoint, in words. None if every file is as it was written, and is safe to load.
+    Describes what is wrong with a checkpoint, or returns None if every file is intact and safe to load.
     """
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"it has no whole {MANIFEST}, which is written last"
+        return f"its {MANIFEST}, which is written last, is missing or damaged"
     for name, (size, checksum) in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -56,14 +56,14 @@ def damage(checkpoint: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
         if _checksum(path) != checksum:
-            return f"{name} is not what was written: its checksum differs"
+            return f"{name} is damaged: its checksum differs"
     return _danger(checkpoint)
 
 
 def _danger(checkpoint: Path) -> str | None:
     """
-    Looks for code in the files that the Trainer will load: somebody else may have made the checkpoint. The Trainer
-    itself takes only tensors and plain values from a pickle, but does not say which file holds more.
+    Looks for code in the files that the Trainer will load, since somebody else may have made the checkpoint. The Trainer
+    itself refuses anything but tensors and plain values in a pickle, but does not name the file.
     """
     try:
         refuse_strange_shards(checkpoint)
@@ -80,13 +80,13 @@ def _danger(checkpoint: Path) -> str | None:
         # Damaged pickles raise errors of many kinds.
         except Exception as error:
             called = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it would run {called[1]}" if called else "it is not what torch.save writes of these"
+            reason = f"it would run {called[1]}" if called else "torch.save does not write such a file"
             return f"{path.name} holds more than tensors and numbers: {reason}"
     return None
 
 
 def seal(folder: Path) -> None:
-    """Brings all files of a checkpoint to the disk, and then writes its manifest."""
+    """Syncs all files of a checkpoint to disk, then writes its manifest."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): (path.stat().st_size, _checksum(path)) for path in paths}
     to_disk(folder)
@@ -96,7 +96,7 @@ def seal(folder: Path) -> None:
 def publish(folder: Path) -> Path:
     """Renames a sealed checkpoint from `tmp-checkpoint-N` to `checkpoint-N`."""
     checkpoint = folder.with_name(folder.name.removeprefix(UNFINISHED))
-    # There is one of the same update where a run has resumed from an older one. A crash after this line loses nothing:
+    # A run that resumed from an older checkpoint may find one of the same update. A crash after this line is harmless:
     # `settle` publishes the new one.
     shutil.rmtree(checkpoint, ignore_errors=True)
     put_in_place(folder, checkpoint)
@@ -112,7 +112,7 @@ def _checksum(path: Path) -> int:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the most updates in a run's folder, whole or not."""
+    """The checkpoint with the most updates in a run's folder, intact or not."""
     return next(_newest_first(run), None)
 
 
@@ -127,11 +127,11 @@ def _updates(checkpoint: Path) -> str:
 
 def settle(run: Path) -> None:
     """
-    Tidies a run's folder after a crash, so that its newest checkpoint is whole: renames or deletes what was being
-    written, and renames newer checkpoints that are damaged to `torn-...`.
+    Cleans up a run's folder after a crash, so that its newest checkpoint is intact. An unfinished checkpoint is renamed
+    if it is complete, else deleted. Damaged checkpoints that are newer than the newest intact one become `torn-...`.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole.
+        CheckpointError: there are checkpoints, but none is intact.
     """
     for folder in run.glob(f"{UNFINISHED}*-*"):
         if damage(folder) is None:
@@ -147,26 +147,26 @@ def settle(run: Path) -> None:
     else:
         if torn:
             listed = "; ".join(f"{path.name}: {wrong}" for path, wrong in torn.items())
-            raise CheckpointError(f"{run}: no checkpoint is whole ({listed}): begin a new run in another output_dir")
+            raise CheckpointError(f"{run}: no checkpoint is intact ({listed}): start a new run in another output_dir")
     for path, wrong in torn.items():
         aside = path.with_name(TORN + path.name)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        logger.warning("%s is torn: %s. It is now %s, and %s is used", path, wrong, aside.name, checkpoint.name)
+        logger.warning("%s is damaged: %s. It is now %s, and %s is used", path, wrong, aside.name, checkpoint.name)
 
 
 @contextmanager
 def writing(run: str, what: str, size: int) -> Iterator[None]:
     """
-    Turns a failure to write into an error that says how much room is needed.
+    Turns a failed write into an error that says how much disk space is needed.
 
     Args:
-        run: the folder.
+        run: the run's folder.
         what: the name of what is written there.
-        size: about how many bytes it takes.
+        size: its approximate size in bytes.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: the write failed.
     """
     try:
         yield
@@ -178,6 +178,6 @@ def writing(run: str, what: str, size: int) -> Iterator[None]:
         free = shutil.disk_usage(run).free
         raise CheckpointError(
             f"{what} could not be written into {run}: {str(error).splitlines()[0]}. It takes about {size / 1e6:,.0f} "
-            f"MB, and {free / 1e6:,.0f} MB are free there. What was saved before is whole: make room, then go on by "
+            f"MB, and {free / 1e6:,.0f} MB are free there. Earlier checkpoints are intact: make room, then resume by "
             "--resume_from_checkpoint last"
         ) from error

@@ -92,7 +92,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         return None
     if asked != "last":
         if wrong := damage(Path(asked)):
-            raise RecipeError(f"resume_from_checkpoint={asked} is not a whole checkpoint: {wrong}")
+            raise RecipeError(f"resume_from_checkpoint={asked} is not an intact checkpoint: {wrong}")
         refuse_model_alone(Path(asked))
         return asked
     with args.main_process_first(local=args.save_on_each_node, desc="looking for a checkpoint"):

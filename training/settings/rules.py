@@ -461,8 +461,8 @@ def check_fields(args: TrainingArguments, has_validation: bool) -> Iterator[Find
     if args.learning_rate is None and args.warmup_steps < 1:
         yield error(
             "fields",
-            f"learning_rate defaults to the paper's (d_model * warmup_steps)**-0.5, which needs a warmup_steps of "
-            f"at least 1, not {args.warmup_steps:g}: set either",
+            f"learning_rate defaults to the paper's (d_model * warmup_steps)**-0.5, which is impossible with "
+            f"warmup_steps={args.warmup_steps:g}: set learning_rate, or warmup_steps of at least 1",
         )
     if chooses and args.deciding_metric not in ("loss", "perplexity") and not args.predict_with_generate:
         yield error(

@@ -62,7 +62,7 @@ def damage(checkpoint: Path) -> str | None:
 
 def _danger(checkpoint: Path) -> str | None:
     """
-    Looks for code in the files that the Trainer will load, since somebody else may have made the checkpoint. The Trainer
+    Looks for code in the files that the Trainer will load, since a checkpoint may come from somebody else. The Trainer
     itself refuses anything but tensors and plain values in a pickle, but does not name the file.
     """
     try:

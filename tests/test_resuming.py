@@ -232,7 +232,7 @@ class TestTheModelAlone:
         assert damage(alone / "checkpoint-2") is None
         for asked in ("last", str(alone / "checkpoint-2")):
             for check in ([], ["--check"]):
-                with pytest.raises(RecipeError, match=r"checkpoint-2 holds the model alone .*save_only_model.*model="):
+                with pytest.raises(RecipeError, match=r"checkpoint-2 holds only the model .*save_only_model.*model="):
                     main([*command(alone), "--resume_from_checkpoint", asked, "--max_steps", "4", *check])
         assert contents(alone) == before
 

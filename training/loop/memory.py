@@ -11,17 +11,17 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 def hold_memory() -> bool:
     """
-    Tells glibc not to give freed blocks back to the kernel. An update frees and asks again for the same hundreds of
-    megabytes, and each fresh page costs a fault and its clearing.
+    Makes glibc keep freed blocks instead of returning them to the kernel. Each update frees and allocates the same
+    hundreds of megabytes, and every fresh page costs a page fault and its zeroing.
 
-    Same as starting with `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`, for this process alone. The process stays as
-    large as it ever was. A preloaded allocator (docs/training.md) has ways of its own, and is left alone.
+    It is the same as starting with `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`, for this process only. The process
+    stays at its peak size. A preloaded allocator (docs/training.md) is left alone.
 
     Returns:
-        Whether it was done: False where the C library is not glibc, or something is preloaded.
+        False if the C library is not glibc, or a library is preloaded; otherwise whether glibc accepted.
     """
     if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # No block by mmap, which a free would unmap; and a heap whose free top is never cut off.
+    # Allocate no block by mmap, which free() would unmap, and never trim the top of the heap.
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -1,4 +1,4 @@
-"""The network that a recipe asks for: a new one of its sizes, or one to train further."""
+"""Builds the recipe's network: a new one, or a saved one to train further."""
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,12 +10,12 @@ from ..saved_model import read_model
 from ..settings.recipe import Recipe
 
 
-# Fields that may differ from those of a model that is trained further. The others belong to its weights.
+# Fields that may change when a model is trained further. The others are fixed by its weights.
 CHANGEABLE = ("dropout", "attention_dropout", "activation_dropout", "label_smoothing")
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
-    """The recipe's model, with its options of decoding: the one that it names, or a new one of its sizes."""
+    """The recipe's model, with its decoding options: the saved model that it names, or a new one."""
     named = recipe.model.model
     model = read_named_model(recipe, named) if named else new_model(recipe, tokenizer)
     try:
@@ -25,10 +25,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTr
             max_new_tokens=recipe.decoding.max_new_tokens,
         )
     except ValueError as error:
-        raise RecipeError(f"no translations can be made so: {error}") from error
+        raise RecipeError(f"the decoding options are invalid: {error}") from error
     if not (rank := recipe.training.lora_rank):
         return model
-    from .adapters import add_adapters  # peft takes its time, and most runs need none of it
+    from .adapters import add_adapters  # peft is slow to import, and most runs do not need it
 
     return add_adapters(model, rank)
 
@@ -38,7 +38,7 @@ def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForCondit
     The model that the recipe trains further, in float32, with the recipe's dropout and label smoothing.
 
     Raises:
-        RecipeError: the recipe asks for another network than the model is.
+        RecipeError: the recipe describes a different network.
     """
     given = recipe.model.config_fields()
     changed = {name: given.pop(name) for name in CHANGEABLE if name in given}
@@ -54,21 +54,21 @@ def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForCondit
 
 def attention(recipe: Recipe) -> str | None:
     """
-    The implementation of attention: on a CPU "eager" by default, which is the fastest for sentences (sdpa's backward
-    pass in bfloat16 is very slow there).
+    The attention implementation. On a CPU the default is "eager", the fastest for sentences (sdpa's backward pass in
+    bfloat16 is very slow there).
     """
     return recipe.model.attn_implementation or ("eager" if recipe.training.use_cpu else None)
 
 
 def unusable_attention(recipe: Recipe, error: Exception) -> RecipeError:
-    """The error for an implementation of attention that transformers does not know, or whose package is missing."""
+    """The error for an attention implementation that is unknown to transformers, or whose package is missing."""
     said = " ".join(str(error).split())
     return RecipeError(f"attn_implementation={recipe.model.attn_implementation} cannot be used here: {said}")
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:
     """A model of the recipe's sizes, with the tokenizer's ids."""
-    # A tokenizer of T5's kind has no bos. The decoder then starts with padding, as T5's and Marian's do.
+    # Some tokenizers, like T5's, have no bos. The decoder then starts with padding, as in T5 and Marian.
     start = tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     config = VanillaTransformerConfig(
         vocab_size=len(tokenizer),

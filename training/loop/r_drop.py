@@ -1,12 +1,12 @@
 """
 R-Drop (Wu et al., 2021, "R-Drop: Regularized Dropout for Neural Networks", https://arxiv.org/abs/2106.14448).
 
-Every batch goes through the network twice, with other dropout, and the two predictions are drawn together:
+Every batch passes through the network twice, with different dropout, and the loss pulls the two predictions together:
 
     loss = (CE_1 + CE_2) / 2 + alpha / 2 * (KL(P_1 || P_2) + KL(P_2 || P_1)) / 2        per target token
 
-This is half the paper's loss (equations 2 to 4), so that its alpha (5 for translation) keeps its meaning while the loss
-stays comparable with that of other runs. Adam does not see the factor.
+This is half the paper's loss (equations 2 to 4): its alpha (5 for translation) keeps its meaning, and the loss stays
+comparable with other runs. Adam is invariant to the factor.
 """
 
 import torch
@@ -14,35 +14,35 @@ import torch
 from vanilla_transformer.network_loss import IGNORE_INDEX
 
 
-# Target tokens that are compared at a time: a CPU's cache holds about as many.
+# Target tokens compared at a time: about as many as fit into a CPU's cache.
 CHUNK = 64
 
 
 def symmetric_divergence(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    (KL(P_1 || P_2) + KL(P_2 || P_1)) / 2 in nats, summed over target tokens. It differentiates once.
+    (KL(P_1 || P_2) + KL(P_2 || P_1)) / 2 in nats, summed over target tokens. It supports first derivatives only.
 
     Args:
-        logits: of both passes, one after the other, `[2 B, T, V]`.
+        logits: both passes, concatenated, `[2 B, T, V]`.
         labels: `[B, T]`; positions with -100 do not count.
 
     Returns:
-        A scalar, float32 or wider: half-precision logarithms lose what this adds up.
+        A scalar in float32 or wider: half precision would lose the small differences that are summed.
     """
     return _SymmetricDivergence.apply(logits, (labels != IGNORE_INDEX).flatten().nonzero()[:, 0])
 
 
 class _SymmetricDivergence(torch.autograd.Function):
     """
-    Of the positions `kept`, `[N]`. Its gradient is made in the forward pass, chunk by chunk, where the probabilities
-    are at hand. With d = log p - log q, that in the logits of p is (p (d - KL(P || Q)) + p - q) / 2.
+    The divergence at the positions `kept`, `[N]`. The forward pass also computes the gradient, chunk by chunk, while it
+    has the probabilities. With d = log p - log q, the gradient of p's logits is (p (d - KL(P || Q)) + p - q) / 2.
     """
 
     @staticmethod
     def forward(ctx, logits, kept):
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = logits.new_zeros((), dtype=wide)
-        # Those of float16 fit into it when the loss's scale has been multiplied in, in the backward pass.
+        # A float16 gradient would underflow before the backward pass multiplies it by the loss scale.
         dtype = wide if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
         first, second = (half.flatten(0, 1) for half in logits.chunk(2))

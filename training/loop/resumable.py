@@ -31,8 +31,8 @@ class DivergenceError(UserError):
 
 class ResumableTrainer(Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` with checkpoints that are whole or not there, from which a run goes on as if it had never stopped:
-    on a CPU, with as many processes, to the bit in weights, optimizer and log.
+    `Seq2SeqTrainer` with atomic checkpoints, from which a run continues as if it had never stopped: on a CPU, with the
+    same number of processes, weights, optimizer and log are bit-identical.
     """
 
     def __init__(self, *args, **kwargs):
@@ -49,7 +49,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         Raises:
             SystemExit: with status 143 or 130, after such a signal.
             CheckpointError: a checkpoint could not be written.
-            DivergenceError: the run has diverged. What was saved before is whole.
+            DivergenceError: the run has diverged. Earlier checkpoints are intact.
         """
         self._saved_at = -1
         self.stop = StopSignal(self.args.world_size, speaks=self.is_world_process_zero())
@@ -68,16 +68,16 @@ class ResumableTrainer(Seq2SeqTrainer):
         return begin
 
     def _find_best_checkpoint(self) -> None:
-        """Corrects the path of the best checkpoint: the run's folder may have been moved."""
+        """Updates the path of the best checkpoint, since the run's folder may have been moved."""
         best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
         if best.is_dir():
             self.state.best_model_checkpoint = str(best)
 
     def _load_progress(self) -> None:
-        """Loads what the stock loop forgets: the loss that is not logged yet, and loss and time of the whole run."""
+        """Loads what the stock loop does not restore: the loss since the last log, and the total loss and time."""
         self._began = time.time()
         path = Path(self._resumed_from or "", f"progress_{self.args.process_index}.json")
-        # With another number of processes there may be no file for this one.
+        # With more processes than before, this one may have no file.
         if self._resumed_from is None or not path.exists():
             return
         progress = json.loads(path.read_text(encoding="utf-8"))
@@ -104,7 +104,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        """Reports the time of the whole run, not of what was left to do."""
+        """Reports the time of the whole run, not only since it was resumed."""
         return super()._finalize_training(trial, num_train_samples, self._began)
 
     def _refuse_divergence(self) -> None:
@@ -122,7 +122,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         )
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        """After a signal saves a checkpoint and stops; stops without one if the run has diverged."""
+        """Stops after a signal, with a checkpoint, or if the run has diverged, without one."""
         if self.control.should_log or self.control.should_evaluate:
             self._refuse_divergence()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
@@ -134,7 +134,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             name = signal.Signals(number).name
             logger.warning(
-                "%s: stopped after update %d, which is saved in %s: go on by the same command and "
+                "%s: stopped after update %d, which is saved in %s: continue by the same command and "
                 "--resume_from_checkpoint last", name, self.state.global_step, self.args.output_dir,
             )  # fmt: skip
         raise SystemExit(128 + number)
@@ -171,7 +171,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         self._saved_at = self.state.global_step
 
     def _write_checkpoint(self, folder: Path, kind: str) -> None:
-        """Writes what the stock method writes, by the same methods, and the progress."""
+        """Writes what the stock method writes, with the same methods, and the progress."""
         self.store_flos()
         self.save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
@@ -199,7 +199,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, best, use_mtime=True)
 
     def _checkpoint_size(self) -> int:
-        """About how many bytes the weights and the optimizer's state of this process take."""
+        """The approximate size in bytes of this process's weights and optimizer state."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         return sum(part.nbytes for part in [*self.model.parameters(), *state] if isinstance(part, torch.Tensor))
 
@@ -208,19 +208,19 @@ class ResumableTrainer(Seq2SeqTrainer):
         Saves the model for `from_pretrained`.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the write failed.
             DivergenceError: the weights contain NaN or infinity.
         """
         if not _internal_call:
             self._refuse_divergence()
         size = sum(parameter.nbytes for parameter in self.model.parameters())
         with nullcontext() if _internal_call else writing(output_dir or self.args.output_dir, "the model", size):
-            # As an internal call: otherwise the stock method would push here, before the run has its scores and card.
+            # An internal call, since otherwise the stock method would push before the run has its scores and card.
             super().save_model(output_dir, _internal_call=True)
 
 
 class Bookkeeping(TrainerCallback):
-    """Tells the Trainer what its loop tells only to callbacks."""
+    """Passes events to the Trainer that its loop sends only to callbacks."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
@@ -228,7 +228,7 @@ class Bookkeeping(TrainerCallback):
         self.save_is_due = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """The loop has just set its sums of losses to 0."""
+        """Restores the progress: the loop has just reset its sums of losses to 0."""
         self.trainer._load_progress()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -236,7 +236,7 @@ class Bookkeeping(TrainerCallback):
         self.epoch_ended = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The evaluation of the epoch follows, and then the checkpoint that waited for it."""
+        """The epoch's evaluation follows, then any checkpoint that was waiting for it."""
         self.epoch_ended = True
         control.should_save = control.should_save or self.save_is_due
         self.save_is_due = False

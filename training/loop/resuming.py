@@ -1,8 +1,8 @@
-"""What a run that is resumed may be told anew. All else stays as the run began, or is refused by name.
+"""Decides what may change when a run is resumed. A change of any other field is an error that names it.
 
-A checkpoint brings back the optimizer with its learning rate, the schedule, the place in the data and the best score:
-what was told of them later would be ignored, or compare what cannot be compared. So the recipe in the run's folder is
-compared with the one that is told now, field by field; and the data by what was read of it, since files may have moved.
+A checkpoint restores the optimizer with its learning rate, the schedule, the position in the data and the best score:
+new settings for them would be ignored, or make scores incomparable. So the recipe is compared, field by field, with the
+one in the run's folder. The data is compared by its content, since files may have moved.
 """
 
 import logging
@@ -22,7 +22,7 @@ from .checkpoints import damage, newest_checkpoint, settle
 
 logger = logging.getLogger(__name__)
 
-# Fields that are followed from there on, and leave the log true. Those that name data are not compared as text.
+# Fields that may change: they apply from then on. Those that name data are not compared as text.
 LASTING = {
     "where things are, and what they are called": "output_dir dataset data_dir train_file validation_file test_file "
     "data_name run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
@@ -40,19 +40,19 @@ LASTING = {
     "dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout",
 }
-# And those of the call of the program, not of the run. Their changes are no news.
+# Fields of this call of the program, not of the run. Their changes are not logged.
 PASSING = "output_dir resume_from_checkpoint ignore_data_skip check local_rank do_train do_eval do_predict"
-# What does nothing in a run, and older runs may have been told, is refused where it is read.
+# Fields without effect, which recipes of older runs may contain. rules.py refuses them.
 IDLE = (*REFUSED, "per_device_eval_batch_size")
 MAY_CHANGE = frozenset([*" ".join(LASTING.values()).split(), *PASSING.split(), *IDLE])
 
 
 def refuse_changes(recipe: Recipe) -> None:
     """
-    Compares a recipe with the one of the run that it resumes, if it resumes one whose folder holds its recipe.
+    Compares a recipe with the recipe.yaml of the run that it resumes, if there is one.
 
     Raises:
-        RecipeError: a field differs that was decided when the run began.
+        RecipeError: a field differs that must not change.
     """
     path = recipe_of_run(recipe.training)
     if path is None:
@@ -64,8 +64,8 @@ def refuse_changes(recipe: Recipe) -> None:
     for name in changed:
         if name not in MAY_CHANGE:
             raise RecipeError(
-                f"{name}={now[name]}, but the run to resume began with {name}={began[name]} ({path}): leave it so, or "
-                "begin a new run in another output_dir; model=CHECKPOINT takes the weights of one of its checkpoints"
+                f"{name}={now[name]}, but the run to resume began with {name}={began[name]} ({path}): keep it, or "
+                "start a new run in another output_dir; model=CHECKPOINT starts from the weights of a checkpoint"
             )
     for name in changed:
         if name not in PASSING.split():
@@ -74,12 +74,12 @@ def refuse_changes(recipe: Recipe) -> None:
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """
-    The checkpoint to resume from: the one that the arguments name, or for "last" the newest whole one in the run's
+    The checkpoint to resume from: the one that the arguments name, or for "last" the newest intact one in the run's
     folder. None for a new run, and for one that ended before its first checkpoint.
 
     Raises:
-        RecipeError: there is none, or the run's folder holds another run that would be overwritten.
-        CheckpointError: none is whole.
+        RecipeError: there is no checkpoint, or the folder holds another run that would be overwritten.
+        CheckpointError: no checkpoint is intact.
     """
     run, asked = Path(args.output_dir), args.resume_from_checkpoint
     begun = (run / "recipe.yaml").exists()
@@ -113,18 +113,18 @@ def refuse_model_alone(checkpoint: Path) -> None:
     Raises:
         RecipeError: the checkpoint was written with save_only_model=true, without what resuming needs.
     """
-    # Every process writes one of these, whichever the optimizer is.
+    # Every process writes one of these, with any optimizer.
     if not any(checkpoint.glob("rng_state*.pth")):
         raise RecipeError(
-            f"{checkpoint} holds the model alone (save_only_model=true), without the states of the optimizer and the "
-            f"schedule, and cannot be resumed from: begin a new run with model={checkpoint} in another output_dir"
+            f"{checkpoint} holds only the model (save_only_model=true), without the states of the optimizer and the "
+            f"schedule, and cannot be resumed from: start a new run with model={checkpoint} in another output_dir"
         )
 
 
 def fingerprint(data: DataArguments, tables: dict[str, pa.Table]) -> dict[str, str]:
     """
-    Identifies the data of a run, wherever its files are: for each split the number of rows and a checksum of their ids;
-    for a stream, which has not been read to its end, the names and sizes of the files.
+    Identifies the data of a run, independent of its location: for each split by the number of rows and a checksum of
+    their ids; for a stream, which is not read to its end, by the names and sizes of the files.
     """
     found = {split: _rows_in_words(table) for split, table in tables.items()}
     if data.streaming:

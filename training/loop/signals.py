@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, on which a run saves a checkpoint and stops, in all of its processes after the same update."""
+"""Handles SIGTERM and SIGINT: the run saves a checkpoint and stops, in all processes after the same update."""
 
 import os
 import signal
@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 
-# A launcher passes a signal on to processes that may have received it themselves.
+# A launcher forwards a signal to processes that may have received it already; such repeats are ignored.
 ECHO_SECONDS = 1.0
 
 
 class StopSignal:
     """
-    SIGTERM or SIGINT: received by any of the processes, it stops all of them after the same update.
+    SIGTERM or SIGINT. If any process receives it, all processes stop after the same update.
 
     The first signal makes the run save and stop. A second one ends the process at once.
 
@@ -48,16 +48,16 @@ class StopSignal:
     def _receive(self, number: int, frame: Any) -> None:
         if not self.received:
             self.received, self.at = number, time.monotonic()
-            # Processes that load data inherit this handler, and a handler must not call `print`.
+            # DataLoader workers inherit this handler. `print` is not safe in a signal handler.
             if self.speaks and os.getpid() == self.process:
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: saving after this update. Once more ends the run at once.\n".encode())
+                os.write(2, f"\n{name}: saving after this update. A second signal ends the run at once.\n".encode())
         elif time.monotonic() - self.at > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def finish(self) -> None:
-        """Waits for the last message: gloo aborts a process that exits while one is under way."""
+        """Waits for the last message: gloo aborts a process that exits before it is delivered."""
         if self.pending is not None:
             self.pending.wait()
         if self.group is not None:
@@ -65,9 +65,9 @@ class StopSignal:
 
     def agreed(self) -> int:
         """
-        The signal, or 0; the same in every process. All of them must call it after each update.
+        The signal, or 0; the same in every process. All processes must call it after each update.
 
-        Each call starts sending what this process has received, and returns what all had sent at the call before.
+        Each call starts to share what this process has received, and returns the result of the previous call.
         """
         if self.group is None:
             return self.received

@@ -1,4 +1,4 @@
-"""The part of the Trainer that reads a stream: its loader, its position in checkpoints, and the way back to it."""
+"""The part of the Trainer that reads a stream: its loader, and saving and restoring the position in it."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from .resumable import ResumableTrainer
 
 
 class StreamingTrainer(ResumableTrainer):
-    """`ResumableTrainer` that takes a stream, too: it resumes at the batch that it had reached."""
+    """`ResumableTrainer` that also trains on a stream, and resumes it at the next batch."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -25,7 +25,7 @@ class StreamingTrainer(ResumableTrainer):
         return self.train_dataset if isinstance(self.train_dataset, StreamedBatches) else None
 
     def get_train_dataloader(self):
-        """A stream hands out this process's own batches: accelerate must not deal them among the processes again."""
+        """A stream yields this process's own batches: accelerate must not split them over the processes again."""
         if self.stream is None:
             return super().get_train_dataloader()
 
@@ -40,16 +40,16 @@ class StreamingTrainer(ResumableTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The stock method; it remembers where a stream's batches end, for the next checkpoint."""
+        """The stock method, except that it stores the position in the stream for the next checkpoint."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.stream is not None:
             for batch in batches:
-                # The longest batch of a rehearsal has none.
+                # The longest batch of `--check` has no position.
                 self._position = batch.pop("position", self._position)
         return batches, count
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Saves, with the states of this process's random generators, its position in the stream."""
+        """Saves the states of this process's random generators, and its position in the stream."""
         super()._save_rng_state(output_dir)
         if self.stream is not None:
             position = self._position | {"processes": self.args.world_size}
@@ -60,10 +60,10 @@ class StreamingTrainer(ResumableTrainer):
 
     def _resume(self, stream: StreamedBatches, checkpoint: str | None, skipped: int) -> None:
         """
-        Goes on in the stream from where the checkpoint was written.
+        Continues the stream at the checkpoint's position.
 
         Raises:
-            RecipeError: it was written by another number of processes, or by a run that did not stream.
+            RecipeError: the checkpoint is from another number of processes, or from a run without streaming.
         """
         if checkpoint is None or not skipped:
             return
@@ -71,13 +71,13 @@ class StreamingTrainer(ResumableTrainer):
         position = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"processes": 0}
         if position["processes"] != self.args.world_size:
             raise RecipeError(
-                f"{checkpoint} was written by {position['processes']} streaming processes, and these are "
-                f"{self.args.world_size}: a stream resumes with as many"
+                f"{checkpoint} was written by {position['processes']} streaming processes, but this run has "
+                f"{self.args.world_size}: a stream resumes only with the same number"
             )
         stream.resume(position, skipped)
 
     def _run_epoch(self, *, epoch: int, **kwargs):
-        """Tells the stream where it is: the stock loop would read and throw away what has been trained on."""
+        """Moves the stream to its position. The stock loop would read and discard all earlier batches."""
         if self.stream is not None:
             self._resume(self.stream, kwargs["resume_from_checkpoint"], kwargs["steps_trained_in_current_epoch"])
         super()._run_epoch(epoch=epoch, **kwargs)

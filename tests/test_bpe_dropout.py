@@ -139,7 +139,7 @@ def test_tokenizers_of_other_makers_are_cut_into_their_characters(merges, option
 
 
 def test_a_tokenizer_that_does_not_merge_is_refused(texts):
-    with pytest.raises(RecipeError, match=r"bpe_dropout=0.1 needs a tokenizer that merges .* of the kind Unigram"):
+    with pytest.raises(RecipeError, match=r"bpe_dropout=0.1 needs a BPE tokenizer.* of type Unigram"):
         BpeDropout(train_tokenizer(texts, 300, "unigram"), 0.1)
 
 
@@ -277,6 +277,6 @@ def test_a_recipe_with_another_kind_of_tokenizer_is_refused_before_its_folder_is
     with pytest.raises(RecipeError, match="tokenizer_model=unigram has none"):
         main([str(tmp_path / "recipe.yaml"), "--tokenizer_model", "unigram"])
     train_tokenizer(texts, 300, "unigram").save_pretrained(tmp_path / "unigram")
-    with pytest.raises(RecipeError, match="of the kind Unigram"):
+    with pytest.raises(RecipeError, match="of type Unigram"):
         main([str(tmp_path / "recipe.yaml"), "--tokenizer", str(tmp_path / "unigram")])
     assert not Path(tmp_path / "run" / "recipe.yaml").exists()

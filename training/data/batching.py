@@ -12,7 +12,7 @@ from ..errors import UserError
 
 
 class BatchError(UserError):
-    """Rows that cannot be put into batches as asked."""
+    """Rows that do not fit into the requested batches."""
 
 
 # The Trainer hands every sampler of this parent to its DataLoader as a batch sampler that knows its own process.
@@ -20,20 +20,20 @@ class TokenBudgetBatches(BatchRebalanceSampler):
     """
     Yields batches, as lists of row numbers, of at most `max_tokens` padded tokens on each side.
 
-    Rows are sorted by their longer side and, where that is equal, by how much longer it is, in turns upwards and
-    downwards; and cut where the budget is full, so that little is padded. Each epoch shuffles which of the rows of
-    equal lengths meet, and the order of the batches (without that, updates would go from long sentences to short ones,
-    and a small model forgets the ones while it learns the others). The sizes of the batches stay, and so does their
-    number: a run can resume at any batch, and every process has as many.
+    To reduce padding, rows are sorted by their longer side and, where that is equal, by the difference of the sides,
+    alternately ascending and descending; then they are cut into batches that fill the budget. Each epoch shuffles rows
+    of equal lengths, and the order of the batches (otherwise updates would go from long sentences to short ones, and a
+    small model would forget the former while it learns the latter). The sizes and the number of the batches do not
+    change, so a run can resume at any batch, and every process has the same number.
 
     Args:
         source_lengths: tokens of each row's source.
         target_lengths: tokens of each row's target.
-        max_tokens: most tokens of a batch on either side, padding included.
-        seed: with the epoch, it alone decides the order, in every process and in a run that resumes.
-        num_processes: among which the batches are dealt.
-        process_index: the one whose batches are yielded.
-        shuffle: False leaves the batches in order, the longest first: for evaluation.
+        max_tokens: maximum tokens of a batch on each side, padding included.
+        seed: seed and epoch alone decide the order, in every process and after resuming.
+        num_processes: number of processes that share the batches.
+        process_index: the process whose batches are yielded.
+        shuffle: False keeps the batches in order, the longest first, for evaluation.
 
     Raises:
         BatchError: a row is longer than the budget, or there are fewer rows than processes.
@@ -50,7 +50,7 @@ class TokenBudgetBatches(BatchRebalanceSampler):
         shuffle: bool = True,
     ):
         sources, targets = torch.tensor(source_lengths), torch.tensor(target_lengths)
-        # What the parent sets is for its own way of making batches.
+        # The parent's __init__ is not called: its attributes are for its own batches.
         self.seed = seed
         self.epoch = 0
         self.num_processes = num_processes
@@ -64,7 +64,7 @@ class TokenBudgetBatches(BatchRebalanceSampler):
                 "longer rows out by max_source_length and max_target_length"
             )
         if len(sources) < num_processes:
-            raise BatchError(f"{len(sources)} rows cannot be dealt to {num_processes} processes: add data")
+            raise BatchError(f"{len(sources)} rows are too few for {num_processes} processes: add data")
         difference = targets - sources
         snake = torch.where(longest % 2 == 0, difference, -difference)
         self.key = longest * (2 * longest.max() + 1) + snake
@@ -72,7 +72,7 @@ class TokenBudgetBatches(BatchRebalanceSampler):
         self.sizes = batch_sizes(longest[order].tolist(), max_tokens, num_processes)
 
         shapes = [part.max() * len(part) for side in (sources, targets) for part in side[order].split(self.sizes)]
-        #: Share of a batch's places that hold padding, both sides together.
+        #: The share of padding in the batches, both sides together.
         self.padding = 1 - float(sources.sum() + targets.sum()) / float(sum(shapes))
 
     def __len__(self) -> int:
@@ -93,8 +93,8 @@ class TokenBudgetBatches(BatchRebalanceSampler):
 
 def batch_sizes(lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[int]:
     """
-    How many rows each batch takes, for rows of these lengths in this order: as many as `max_tokens` padded tokens hold,
-    and one at least. The largest batches are halved until their number is a multiple of `multiple_of`.
+    The number of rows of each batch, for rows of these lengths in this order: as many as fit into `max_tokens` padded
+    tokens, but at least one. The largest batches are halved until their number is a multiple of `multiple_of`.
     """
     sizes, size, longest = [], 0, 0
     for length in lengths:

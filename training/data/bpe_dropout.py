@@ -1,12 +1,11 @@
-"""BPE-dropout: words cut in another way in each epoch of training (Provilkov et al., 2020, arXiv 1910.13267).
+"""BPE-dropout: splits words differently in each epoch of training (Provilkov et al., 2020, arXiv 1910.13267).
 
-A word begins as characters. Of the merges that are possible, each is dropped with the same probability, and the first
-in the order of the vocabulary that is left is done; this repeats until nothing is left. At a rate of 0.1, texts become
-some 30 % longer.
+A word starts as characters. In each step every possible merge is dropped with the same probability, and the remaining
+merge that was learned first is applied, until none remains. At a rate of 0.1, texts become some 30 % longer.
 
-The dropout of `tokenizers` draws from a generator that cannot be seeded, and is weaker: what it drops is tried again
-whenever its queue comes to a merge that is no longer there (some 15 % longer). Here the seed, the epoch and the row
-decide, so that a run that resumes, and every process and worker, sees the same text.
+The dropout of the library `tokenizers` cannot be seeded, and is weaker: it retries dropped merges whenever its queue
+reaches a merge that no longer applies (texts some 15 % longer). Here seed, epoch and row decide, so resumed runs, all
+processes and all workers see the same text.
 """
 
 import json
@@ -29,19 +28,19 @@ WORDS = {"input_ids": "source_words", "labels": "target_words"}
 
 
 def word_lengths(encoded: BatchEncoding) -> list[list[int]]:
-    """For each text the tokens of each of its words; what the tokenizer puts around the text counts as a word."""
+    """For each text, the number of tokens of each word; tokens that the tokenizer adds around the text are a word."""
     rows = range(len(encoded["input_ids"]))
     return [[len(list(tokens)) for _, tokens in groupby(encoded.word_ids(row))] for row in rows]
 
 
 class BpeDropout:
     """
-    Cuts texts anew, given their tokens without dropout.
+    Applies BPE-dropout to texts, given their tokens without dropout.
 
-    At a rate of 0.1 it takes some 4 microseconds a word.
+    At a rate of 0.1 it takes some 4 microseconds per word.
 
     Args:
-        tokenizer: a fast tokenizer with a BPE model. What is no result of a merge (an added token, a byte) stays.
+        tokenizer: a fast tokenizer with a BPE model. Tokens that no merge produces (added tokens, bytes) stay.
         rate: probability of dropping a merge, between 0 (the tokenizer's own tokens) and 1 (characters, or bytes).
 
     Raises:
@@ -54,13 +53,13 @@ class BpeDropout:
             model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         if model["type"] != "BPE":
             raise RecipeError(
-                f"bpe_dropout={rate} needs a tokenizer that merges (BPE), and this one is of the kind {model['type']}: "
+                f"bpe_dropout={rate} needs a BPE tokenizer, but this one is of type {model['type']}: "
                 "set bpe_dropout to 0, or name another tokenizer"
             )
         self._log_keep = math.log1p(-rate) if rate < 1 else -math.inf
         vocab, prefix = model["vocab"], len(model["continuing_subword_prefix"] or "")
         pairs = [(vocab[left], vocab[right]) for left, right in model["merges"]]
-        # By rank, what a merge gives; and by token, the characters that it is merged of.
+        # By rank, the token that a merge gives; by token, the characters it is made of.
         self._merged = [vocab[left + right[prefix:]] for left, right in model["merges"]]
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self._characters: list[tuple[int, ...]] = [(token,) for token in range(len(tokenizer))]
@@ -70,18 +69,18 @@ class BpeDropout:
 
     def __call__(self, tokens: list[int], words: list[int], key: int) -> list[int]:
         """
-        Cuts a text.
+        Splits a text with dropout.
 
         Args:
             tokens: its ids without dropout.
-            words: how many of them each word has.
-            key: decides what is dropped, and is not negative.
+            words: the number of tokens of each word.
+            key: the seed, not negative.
 
         Returns:
             The ids of the text with dropout.
         """
         draw = random.Random(key).random
-        # Rather than one random number for each merge, one for each run of merges until one is dropped.
+        # One random number for each run of merges until a dropped one, instead of one for each merge.
         run = self._draw_run(draw)
         cut: list[int] = []
         start = 0
@@ -97,11 +96,11 @@ class BpeDropout:
         return cut
 
     def _draw_run(self, draw: Callable[[], float]) -> float:
-        """How many merges are kept until the next one is dropped (geometric; what is behind the point is no matter)."""
+        """The number of merges until the next dropped one (geometric; the fractional part does not matter)."""
         return math.log(1 - draw()) / self._log_keep if self._log_keep else math.inf
 
     def _cut_word(self, word: list[int], run: float, draw: Callable[[], float]) -> tuple[list[int], float]:
-        """Merges the characters of a word. The first `run` merges are kept; what is left of that is returned, too."""
+        """Merges the characters of a word. Keeps the first `run` merges; returns the tokens and the rest of `run`."""
         symbols = [character for token in word for character in self._characters[token]]
         rank_of, impossible = self._ranks.get, len(self._merged)
         ranks = [rank_of(pair, impossible) for pair in pairwise(symbols)]
@@ -128,15 +127,15 @@ class BpeDropout:
 
 class BpeDropoutRows(torch.utils.data.Dataset):
     """
-    Training rows whose text is cut anew in each epoch, `{"input_ids", "labels"}`.
+    Training rows, `{"input_ids", "labels"}`, with new dropout in each epoch.
 
-    A side that would become longer than `max_source_length` or `max_target_length` stays as it was.
+    A side that would exceed `max_source_length` or `max_target_length` keeps its tokens without dropout.
 
     Args:
         rows: the rows without dropout, with the columns of WORDS.
-        tokenizer: what they were tokenised by.
-        data: has the rate and the longest lengths.
-        seed: with the epoch and the row's number, it decides what is dropped.
+        tokenizer: the tokenizer of the rows.
+        data: has the rate and the maximum lengths.
+        seed: decides, with the epoch and the row's number, what is dropped.
 
     Raises:
         RecipeError: the tokenizer has no merges.
@@ -147,11 +146,11 @@ class BpeDropoutRows(torch.utils.data.Dataset):
         self._cut = BpeDropout(tokenizer, data.bpe_dropout)
         self._longest = {"input_ids": data.max_source_length, "labels": data.max_target_length}
         self._seed = seed
-        # Shared, since workers that persist were started in an epoch before.
+        # In shared memory, since persistent workers were started in an earlier epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """To be called at the start of each epoch, before its first row is asked for."""
+        """Must be called at the start of each epoch, before its first row is read."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -176,7 +175,7 @@ class BpeDropoutRows(torch.utils.data.Dataset):
         return cut
 
     def growth(self, sample: int = 1000) -> float:
-        """How many times as long rows become, on a sample of them from all over the data."""
+        """The factor by which rows become longer, on a sample from all over the data."""
         numbers = list(range(0, len(self), max(1, len(self) // sample)))
         before = self.rows[numbers]
         after = self.__getitems__(numbers)

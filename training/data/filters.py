@@ -1,7 +1,7 @@
-"""Pairs that training is better without, and the report of what was left out.
+"""Filters for bad training pairs, and the report of what they skip.
 
-After Moses' clean-corpus-n.perl and fairseq's scripts for WMT (length, ratio, identical and duplicate pairs), with a
-test for wrong encodings. Each test sees one pair, so a stream can be filtered as well as a data set.
+The tests follow Moses' clean-corpus-n.perl and fairseq's scripts for WMT (length, ratio, identical and duplicate
+pairs), plus one for wrong encodings. Each test sees one pair, so streams can be filtered too.
 """
 
 import hashlib
@@ -24,27 +24,27 @@ UNREADABLE = re.compile(f"\ufffd|{CONTROL}")
 
 
 def is_empty(source: str, target: str) -> bool:
-    """Whether a side holds nothing but white space."""
+    """Whether a side is empty or only white space."""
     return not source.strip() or not target.strip()
 
 
 def is_identical(source: str, target: str) -> bool:
-    """Whether both sides are the same text: it was not translated."""
+    """Whether both sides are the same text, which was not translated."""
     return source.strip() == target.strip()
 
 
 def is_badly_encoded(*texts: str) -> bool:
     """
-    Whether one of the texts was decoded wrongly on its way.
+    Whether one of the texts was decoded with the wrong encoding.
 
-    That shows in U+FFFD (what decoders write for bytes that they cannot read), in control characters, and in UTF-8
-    that was read as another encoding ("Ã¼" for "ü"), as the library ftfy finds it.
+    The signs are U+FFFD (which decoders write for invalid bytes), control characters, and UTF-8 that was read as
+    another encoding ("Ã¼" for "ü"), which the library ftfy detects.
     """
     return any(UNREADABLE.search(text) or ftfy.fix_encoding(text) != text for text in texts)
 
 
 class Duplicates:
-    """Tells whether a pair came before. Holds 64 bits for each pair that it saw, some 80 bytes of memory."""
+    """Detects repeated pairs. Stores a 64-bit hash of each pair, some 80 bytes of memory."""
 
     def __init__(self):
         self._seen: set[bytes] = set()
@@ -59,7 +59,7 @@ class Duplicates:
 
 
 def text_tests(data: DataArguments) -> Tests:
-    """The tests of a pair's text that `data` asks for, in their order. They are new: no duplicate is known yet."""
+    """The tests of a pair's text that `data` asks for, in order. Each call starts with no known duplicates."""
     tests: Tests = {"an empty side": is_empty}
     if data.drop_bad_encoding:
         tests["a wrong encoding"] = is_badly_encoded
@@ -71,7 +71,7 @@ def text_tests(data: DataArguments) -> Tests:
 
 
 def length_limits(data: DataArguments) -> Tests:
-    """The tests of a pair's numbers of tokens, eos included, against the longest that fit."""
+    """The tests of a pair's numbers of tokens, eos included, against the maximum lengths."""
     longest_source, longest_target = data.max_source_length, data.max_target_length
     return {
         f"more than max_source_length={longest_source} tokens": lambda source, _: source > longest_source,
@@ -92,17 +92,17 @@ def ratio_limit(data: DataArguments) -> Tests:
 
 
 def find_fault(tests: Tests, source: Any, target: Any) -> str | None:
-    """The first of the reasons to leave a pair out, or None."""
+    """The first reason to skip a pair, or None."""
     return next((reason for reason, fails in tests.items() if fails(source, target)), None)
 
 
 class FilterReport:
-    """How many rows there were, and for each reason how many were left out and the number of the first, from 1."""
+    """Counts rows, and for each reason the skipped rows and the number, from 1, of the first."""
 
     def __init__(self):
         self.rows = 0
         self.left_out: dict[str, tuple[int, int]] = {}
-        # Numbers of the rows that are still there, for the tests to come; None is all.
+        # Numbers of the remaining rows, for later tests; None before the first test.
         self.numbers: np.ndarray | None = None
 
     @property
@@ -131,7 +131,7 @@ def filter_rows(rows: Dataset, tests: Tests, values: Iterable[tuple[Any, Any]], 
         rows: a data set.
         tests: of `text_tests` or `length_limits`.
         values: for each row the two that are tested: texts, or numbers of tokens.
-        report: is told what is left out. A second call goes on from the rows that the first one kept.
+        report: counts the skipped rows. A second call continues with the rows that the first one kept.
 
     Returns:
         Those of the rows that pass all tests.

@@ -255,7 +255,7 @@ CASES = [
     Case(tokenizer_that_is_no_json, "cannot be loaded", None),
     Case(config_that_is_no_json, "not a valid JSON file", OSError),
     Case(config_that_is_a_list, "Unrecognized model", Exception),
-    Case(config_of_another_model, "model_type 'bert', and 'vanilla_transformer' is needed", ValueError),
+    Case(config_of_another_model, "model_type='bert', but 'vanilla_transformer' is needed", ValueError),
     Case(unknown_model_with_code, "trust_remote_code=True", ValueError),
     Case(tokenizer_with_code, "trust_remote_code=True", None),
 ]

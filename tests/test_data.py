@@ -203,12 +203,12 @@ BAD_DATA = {
     "one column named": (
         {"a.csv": CSV},
         {"train_file": ["a.csv"], "source_column": "source"},
-        "it is not said which column is the target",
+        "the column of the target is not given",
     ),
     "no column named": (
         {"a.tsv": TSV},
         {"train_file": ["a.tsv"]},
-        "it is not said which column is the source: name one of en, de",
+        "the column of the source is not given: name one of en, de",
     ),
     "unknown language": (
         {"a.jsonl": json_lines(TRANSLATIONS)},
@@ -361,7 +361,7 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer):
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = processors.ByteLevel()
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    with pytest.raises(DataError, match="must end every text by its eos token '</s>'"):
+    with pytest.raises(DataError, match="must append its eos token '</s>' to every text"):
         tokenize_pairs(Dataset.from_list(PAIRS), bare, DataArguments(), "train")
 
 

@@ -1,6 +1,6 @@
-"""Parallel text in: from files, a Hub dataset or the phrasebook, through checks, to rows of token ids.
+"""Loads parallel text from files, a Hub dataset or the phrasebook, checks it, and turns it into rows of token ids.
 
-What is wrong with the data is said before anything is learned from it, by a DataError that names the place.
+Faults in the data raise a DataError that names the place, before anything is learned from it.
 """
 
 import csv
@@ -35,17 +35,17 @@ from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, 
 
 logger = logging.getLogger(__name__)
 
-# What a file or dataset holds, by name: lists, or columns that `datasets` reads when they are asked for.
+# The columns of a file or dataset by name: lists, or columns that `datasets` reads lazily.
 Columns = dict[str, Sequence[Any]]
 
 SPLITS = ("train", "validation", "test")
 SIDES = ("source", "target")
 PHRASEBOOK = "phrasebook:"
-# Of training rows, where there is no validation split, at most every 20th and at most 1,000 are held out.
+# Without a validation split, at most every 20th training row and at most 1,000 rows are held out.
 LEAST_STEP, MOST_HELD_OUT = 20, 1000
-# Characters of the names that a message lists, at most.
+# Maximum characters of the names that a message lists.
 LISTED = 300
-# Compact: 32 bits for a token, where the default of `datasets` takes 64.
+# Compact: 32 bits per token; the default of `datasets` is 64.
 ENCODED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 
@@ -92,16 +92,16 @@ def load_pairs(data: DataArguments, report: FilterReport | None = None) -> Datas
     """
     Loads the parallel text that `data` names.
 
-    Rows of the training split in which a side is empty are left out, and those that a filter of `data` finds. In the
-    other splits they stay, since scores compare only over the same rows, and empty sides are counted in a warning.
+    Training rows with an empty side, and those that a filter of `data` finds, are skipped. The other splits keep all
+    rows, since scores are comparable only over the same rows; a warning counts their empty sides.
 
     Args:
-        data: where the text is.
-        report: is told of the training rows that are left out, to be logged later. Without one they are logged now.
+        data: locates and filters the text.
+        report: counts the skipped training rows, to be logged later. Without it they are logged now.
 
     Returns:
-        Those of the splits train (unless it is streamed), validation and test that are there, with the string columns
-        `source` and `target`.
+        The existing splits among train (unless it is streamed), validation and test, with the string columns `source`
+        and `target`.
 
     Raises:
         DataError: see the message.
@@ -111,7 +111,7 @@ def load_pairs(data: DataArguments, report: FilterReport | None = None) -> Datas
         datasets.disable_progress_bars()
     splits = _load_dataset(data) if data.dataset else _load_files(data)
     if data.streaming and not splits:
-        raise DataError("streaming leaves nothing to score the model by: name data for validation or test")
+        raise DataError("with streaming there is no data to score the model on: give validation or test data")
     filters = report or FilterReport()
     pairs = DatasetDict({split: _clean(columns, split, data, filters) for split, columns in splits.items()})
     if report is None and "train" in pairs:
@@ -120,7 +120,7 @@ def load_pairs(data: DataArguments, report: FilterReport | None = None) -> Datas
 
 
 def language_pair(data: DataArguments) -> tuple[str | None, str | None]:
-    """Codes of the source's and the target's language, as far as `data` tells them."""
+    """The codes of the source and target languages, if `data` names them."""
     if data.dataset and data.dataset.startswith(PHRASEBOOK):
         source, _, target = data.dataset.removeprefix(PHRASEBOOK).partition("-")
         return data.source_lang or source, data.target_lang or target
@@ -134,7 +134,7 @@ def training_texts(pairs: Dataset | datasets.IterableDataset) -> Iterator[str]:
 
 
 def _in_memory(data: DataArguments) -> tuple[str, ...]:
-    """The splits that are loaded whole."""
+    """The splits that are loaded into memory."""
     return SPLITS[1:] if data.streaming else SPLITS
 
 
@@ -149,7 +149,7 @@ def _load_dataset(data: DataArguments) -> dict[str, Columns]:
         path = expand_path(data.dataset)
         if data.dataset.startswith((".", "/", "~", "$")) and not path.exists():
             raise DataError(f"{path}: no such folder")
-        # Streamed, a dataset's other splits come without a download of the whole.
+        # Streaming loads the other splits without downloading the whole dataset.
         loaded = read(data.dataset, datasets.load_dataset, str(path), data.dataset_config, streaming=data.streaming)
     found = [split for split in SPLITS if split in loaded]
     if not found:
@@ -218,7 +218,7 @@ def _csv_rows(path: Path, **form: Any) -> Iterator[tuple[int, dict[str, str]]]:
     """
     A first line of names, then rows. Every value is text.
 
-    `datasets` would read numbers as numbers and "NA" as missing, and its errors tell no line.
+    `datasets` would convert numbers and read "NA" as missing, and its errors name no line.
     """
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True, **form)
     try:
@@ -240,7 +240,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     One object per line, or one list of objects (which is read whole, and its objects numbered).
 
-    `datasets` would read text that looks like a date as a time, and its errors tell no line.
+    `datasets` would convert text that looks like a date, and its errors name no line.
     """
     rows: Iterable[tuple[int, Any]]
     if is_json_list(path):
@@ -282,7 +282,7 @@ def _columns(rows: Dataset | datasets.IterableDataset) -> Columns:
 
 
 def _clean(columns: Columns, split: str, data: DataArguments, report: FilterReport) -> Dataset:
-    """The two columns, every value of which is checked, without the rows that training should not use."""
+    """The two columns, with every value checked, without the rows that training should not use."""
     if not any(map(len, columns.values())):
         raise DataError(f"{split}: the data is empty, it has no rows")
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
@@ -299,7 +299,7 @@ def _clean(columns: Columns, split: str, data: DataArguments, report: FilterRepo
 
 
 def _rows(column: Sequence[Any], limit: int | None, side: str, split: str) -> Sequence[Any]:
-    """The values of a column; one of parquet's may hold any bytes."""
+    """The values of a column. A parquet column may hold bytes that are not UTF-8."""
     try:
         return column[:limit]
     except UnicodeDecodeError:
@@ -312,7 +312,7 @@ def _rows(column: Sequence[Any], limit: int | None, side: str, split: str) -> Se
 
 
 def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple[str, ...]:
-    """The columns that `data` names, or those that name themselves."""
+    """The columns of source and target: those that `data` names, or those found by their names."""
     names: tuple[str | None, ...] = (data.source_lang, data.target_lang)
     if data.source_column or data.target_column:
         names = (data.source_column, data.target_column)
@@ -322,7 +322,7 @@ def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple
         names = SIDES
     for side, name in zip(SIDES, names, strict=True):
         if name not in columns:
-            found = f"there is no column {name!r}" if name else f"it is not said which column is the {side}"
+            found = f"there is no column {name!r}" if name else f"the column of the {side} is not given"
             raise DataError(
                 f"{split}: {found}: name one of {_listed(columns)} by {side}_column (or its language by {side}_lang)"
             )
@@ -330,7 +330,7 @@ def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple
 
 
 def _filter(rows: Dataset, tests: Tests, values: Iterable[tuple], split: str, report: FilterReport) -> Dataset:
-    """`rows` without those that fail a test if they are for training, else whole, with a warning."""
+    """For training, `rows` without those that fail a test; otherwise all rows, with a warning."""
     if split == "train":
         kept = filter_rows(rows, tests, values, report)
         if not len(kept):
@@ -346,14 +346,14 @@ def _filter(rows: Dataset, tests: Tests, values: Iterable[tuple], split: str, re
 
 def hold_out(pairs: DatasetDict, rows: dict[str, Any], numbers: np.ndarray) -> None:
     """
-    Makes a validation split of training rows, where nobody has named one: every 20th, or fewer, so that there are at
-    most 1,000. Not by chance: a run that resumes, and every process, holds out the same. The vocabulary may have been
-    learned from them; no update sees them.
+    Makes a validation split from training rows: every 20th, or fewer, so that there are at most 1,000. The choice is
+    deterministic, so that resumed runs and all processes hold out the same rows. The vocabulary may have been learned
+    from them, but no update sees them.
 
     Args:
-        pairs: the text, with a training split; it is changed.
-        rows: the ids of its splits, likewise.
-        numbers: for each training row of ids, which of the training pairs it is.
+        pairs: the text, with a training split; changed in place.
+        rows: the ids of its splits; changed in place.
+        numbers: for each training row of ids, the index of its training pair.
     """
     count = len(numbers)
     step = max(LEAST_STEP, -(-count // MOST_HELD_OUT))
@@ -377,14 +377,14 @@ def _log(report: FilterReport) -> None:
 
 def _listed(names: Any) -> str:
     listed = ", ".join(map(str, names))
-    # The columns of a table without a head are texts.
+    # Without a header, the first row's texts are the column names.
     return listed if len(listed) <= LISTED else f"{listed[:LISTED]}..."
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer whose texts have no end."""
+    """Refuses a tokenizer that does not append eos."""
     if tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        raise DataError(f"the tokenizer must end every text by its eos token {tokenizer.eos_token!r}, and does not")
+        raise DataError(f"the tokenizer must append its eos token {tokenizer.eos_token!r} to every text, but does not")
 
 
 def tokenize_pairs(
@@ -397,18 +397,18 @@ def tokenize_pairs(
     """
     Turns text into ids.
 
-    Training rows longer than `max_source_length` or `max_target_length` tokens are left out, and those over
-    `max_length_ratio`. Rows of the other splits are never left out or cut.
+    Training rows over `max_source_length` or `max_target_length` tokens, or over `max_length_ratio`, are skipped.
+    Rows of the other splits are never skipped or cut.
 
     Args:
         pairs: the text, as load_pairs gives it.
-        tokenizer: ends every text by its eos token.
-        data: the longest lengths, the ratio, and whether BPE-dropout needs the words.
+        tokenizer: must append eos to every text.
+        data: the maximum lengths, the ratio, and whether BPE-dropout needs the words.
         split: the split's name.
-        report: what load_pairs left out; it is logged together with what is left out here.
+        report: the rows that load_pairs skipped; logged together with those skipped here.
 
     Returns:
-        `input_ids` and `labels`, both ended by eos; for BPE-dropout also the lengths of their words.
+        `input_ids` and `labels`, both ending in eos; for BPE-dropout also the lengths of their words.
 
     Raises:
         DataError: no row is left, or the tokenizer does not append its eos.

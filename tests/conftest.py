@@ -1,5 +1,6 @@
 """What the tests share: one tiny model with no parameter at a value that hides a mistake, and batches for it."""
 
+import gc
 import importlib.util
 import subprocess
 from collections.abc import Callable
@@ -34,6 +35,14 @@ TINY = {
 def pytest_report_header() -> str:
     """The first line of a test run says on what it ran."""
     return f"processor: {processor()}"
+
+
+def pytest_collection_finish() -> None:
+    """
+    What is imported by now stays: no collection of garbage looks at it again. accelerate collects whenever training
+    begins, which took longer than most runs of these tests.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

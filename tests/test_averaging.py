@@ -1,13 +1,12 @@
 """Means of weights: of checkpoints, by the script too, and over the updates of a run; and when a run stops early."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from processes import run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 
@@ -18,9 +17,6 @@ from vanilla_transformer.training.loop.callbacks import callbacks
 from vanilla_transformer.training.loop.trainer import TranslationTrainer, score_translations
 from vanilla_transformer.training.settings.arguments import TrainingArguments
 from vanilla_transformer_commands import average as average_command
-
-
-COMMAND = [sys.executable, "-m", "vanilla_transformer_commands", "average"]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +69,7 @@ def test_the_mean_is_that_of_each_weight(fields, tiny_model, tokenizer, tmp_path
 
 def test_the_script_averages_the_last_checkpoints_of_a_run_into_a_model(run_folder, tmp_path):
     output = tmp_path / "mean"
-    command = [*COMMAND, run_folder, "--last", "2", "--output_dir", output]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_command("average", run_folder, "--last", 2, "--output_dir", output, check=True)
     assert {path.name for path in output.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip

@@ -6,12 +6,11 @@ import json
 import math
 import random
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_command
 from tokenizers import pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +39,6 @@ from vanilla_transformer_commands.benchmark.limits import count_weights, least_s
 from vanilla_transformer_commands.benchmark.tasks import tasks_of_text
 
 
-COMMAND = [sys.executable, "-m", "vanilla_transformer_commands", "benchmark"]
 CPU = not torch.cuda.is_available()
 FILES = {"train": 40, "val": 5}
 BUDGET, VOCABULARY = 160, 280
@@ -79,12 +77,9 @@ def test_the_figures_of_a_run_agree_with_each_other_and_with_a_count(multi30k, l
     updates = math.lcm(ours, marian)
     assert ours > 1
 
-    command = [*COMMAND, "train", "--cells", "tiny", "--multi30k_dir", multi30k, "--output"]
-    turns = ["--rounds", "2", "--updates", updates, "--warmup", updates, "--threads", "1"]
-    run = subprocess.run(
-        [str(word) for word in (*command, tmp_path / "out.json", *turns, *FIELDS)], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    command = ["train", "--cells", "tiny", "--multi30k_dir", multi30k, "--output", tmp_path / "out.json"]
+    turns = ["--rounds", 2, "--updates", updates, "--warmup", updates, "--threads", 1]
+    run = run_command("benchmark", *command, *turns, *FIELDS, check=True)
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["threads"] == 1
     assert results["versions"]["torch"] == torch.__version__
@@ -273,9 +268,7 @@ def test_the_figures_of_decoding_agree_with_each_other_and_every_output_has_the_
     names += ["Marian C++ float32"]
     options = ["--cells", "4x16", "--rounds", "2", "--threads", "1", "--output", tmp_path / "out.json"]
     sizes = [*FIELDS, "--encoder_attention_heads", "2", "--decoder_attention_heads", "2"]
-    command = [*COMMAND, "decode", "--contenders", *names, *options, *sizes]
-    run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_command("benchmark", "decode", "--contenders", *names, *options, *sizes, check=True)
     assert run.stdout.splitlines()[0].startswith(f"1 thread of {processor()}; torch {torch.__version__}")
     results = json.loads((tmp_path / "out.json").read_text())
     assert "ctranslate2" in results["versions"]

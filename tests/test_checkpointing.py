@@ -3,7 +3,6 @@
 `KILLS=12 pytest tests/test_checkpointing.py -k sigkill` kills more often, over a longer run.
 """
 
-import gc
 import itertools
 import json
 import multiprocessing
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from processes import FORKS, place_of, start
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from vanilla_transformer import (
@@ -47,9 +47,6 @@ UPDATES = 6 * KILLS + 4
 INTERVALS = {"logging_steps": 3, "save_steps": 4, "eval_strategy": "epoch", "save_strategy": "steps"}
 WORDS, VOCABULARY = ("red", "green", "blue", "white", "black", "grey"), 280
 WALL_CLOCK = ("minutes", "runtime", "per_second")
-# Forks from a process that has imported everything, so that a life costs no import.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vanilla_transformer.training.train", "matplotlib"])
 
 
 def make_trainer(run: Path, config: dict, *watchers: TrainerCallback, **options) -> TranslationTrainer:
@@ -102,14 +99,6 @@ def config(tiny_config) -> dict:
     return tiny_config(encoder_layers=1, decoder_layers=1, vocab_size=VOCABULARY).to_dict()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """accelerate collects garbage when training begins: longer than these runs, if it looks at everything."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def unstopped(config, tmp_path_factory) -> Path:
     """The folder of a run that nothing happened to."""
@@ -134,9 +123,7 @@ class Watch(TrainerCallback):
 def life(run: Path, config: dict, watch: Watch, rank=0, world=1, port=0, before=None, **options) -> None:
     """What a process of its own does: one of `world` that train together."""
     if world > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
-    gc.freeze()
+        os.environ.update(place_of(rank, world, port))
     if before is not None:
         before()
     output = os.open(run.with_suffix(f".{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -146,9 +133,7 @@ def life(run: Path, config: dict, watch: Watch, rank=0, world=1, port=0, before=
 
 
 def begin(*args, **options) -> multiprocessing.Process:
-    process = FORKS.Process(target=life, args=args, kwargs=options)
-    process.start()
-    return process
+    return start(life, *args, **options)
 
 
 def wait_until(condition, process) -> None:

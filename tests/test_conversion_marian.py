@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_new_python
 from transformers import GenerationConfig, MarianConfig, MarianMTModel
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration, train_tokenizer
@@ -232,11 +231,9 @@ def test_plain_transformers_loads_the_folder_and_translates_identically(ending_m
     ours = ending_model(vocab_size=len(tokenizer))
     to_marian(ours).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US, tmp_path, json.dumps(texts)], capture_output=True, text=True
+    model, module, sequences, outputs = json.loads(
+        run_new_python(WITHOUT_US, tmp_path, json.dumps(texts), cwd=tmp_path)
     )
-    assert result.returncode == 0, result.stderr[-2000:]
-    model, module, sequences, outputs = json.loads(result.stdout)
     assert model == "MarianMTModel"
     assert module.startswith("transformers.")
     expected = ours.generate(**tokenizer(texts, return_tensors="pt", padding=True))

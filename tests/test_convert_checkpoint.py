@@ -3,13 +3,12 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from processes import run_command
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -33,7 +32,6 @@ from vanilla_transformer_commands import translate
 
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "vanilla_transformer_commands", "convert"]
 ENGLISH = ["The cat sat on a mat.", "A dog ran to the house.", "The dog sat on the cat!", "A cat ran on and on."]
 GERMAN = ["Die Katze saß auf der Matte.", "Ein Hund lief zum Haus.", "Der Hund saß auf der Katze!", "Sie lief weiter."]
 SENTENCES = ["The house ran.", "A zebra sat on the mat!", "on"]
@@ -389,11 +387,10 @@ def test_mistakes_on_the_command_line_end_with_one_line(opus, tokenizer, tmp_pat
 
 
 def test_help_lists_every_format_and_the_program_ends_with_one_line(tmp_path):
-    shown = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+    shown = run_command("convert", "--help", check=True)
     for word in ("marian", "fsmt", "joeynmt", "eole", "torch", "--source_embedding", "--norm_first"):
         assert word in shown.stdout
-    command = [*COMMAND, tmp_path / "none", "--format", "eole", "--output", tmp_path / "new"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command("convert", tmp_path / "none", "--format", "eole", "--output", tmp_path / "new")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2,
         f"error: {tmp_path / 'none'}: no such file or folder",

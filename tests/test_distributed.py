@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from multiprocessing import Process
 from pathlib import Path
 
 import psutil
@@ -15,8 +15,10 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import main as main_of_launcher
 from accelerate.utils.other import get_free_port
 from distributed_worker import SPLITS, one_update
+from processes import live, start
 from safetensors.torch import load_file
 from test_training import write_recipe
 from transformers import AutoModelForSeq2SeqLM
@@ -59,35 +61,39 @@ def launch(*commands: list, seconds: int = 240) -> None:
     printed; what takes too long, with the stacks of its threads too.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
-    with ExitStack() as files:
-        outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(number) for number in range(len(commands))]
         launchers = [
-            subprocess.Popen(list(map(str, c)), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-            for c, output in zip(commands, outputs, strict=True)
+            start(live, accelerate_launch, (list(map(str, words)),), [output, output], str(ROOT), environment)
+            for words, output in zip(commands, outputs, strict=True)
         ]
         end = time.monotonic() + seconds
         try:
-            while any(each.poll() is None for each in launchers) and not any(each.poll() for each in launchers):
+            while any(each.exitcode is None for each in launchers) and not any(each.exitcode for each in launchers):
                 if time.monotonic() > end:
                     signal_workers(launchers, signal.SIGABRT)
                     break
                 time.sleep(0.2)
-            codes = [launcher.poll() for launcher in launchers]
+            codes = [launcher.exitcode for launcher in launchers]
             if any(code != 0 for code in codes):
                 time.sleep(2)  # for the stacks, and for the others to say that they have lost one
         finally:
             signal_workers(launchers, signal.SIGKILL)
         if any(code != 0 for code in codes):
-            for output in outputs:
-                output.seek(0)
-            printed = "\n==\n".join(output.read()[-8000:] for output in outputs)
+            printed = "\n==\n".join(output.read_text()[-8000:] for output in outputs)
             pytest.fail(f"exit codes {codes} (None: still running)\n{printed}")
 
 
-def signal_workers(launchers: list[subprocess.Popen], number: int) -> None:
+def accelerate_launch(argv: list[str]) -> None:
+    """`accelerate launch ARGV`."""
+    sys.argv = ["accelerate launch", *argv]
+    main_of_launcher()
+
+
+def signal_workers(launchers: list[Process], number: int) -> None:
     """To all that still runs of what was started. torch gives the workers sessions of their own."""
     for launcher in launchers:
-        if launcher.poll() is None:
+        if launcher.exitcode is None:
             family = psutil.Process(launcher.pid)
             for process in [*family.children(recursive=True), family]:
                 with suppress(psutil.NoSuchProcess):
@@ -100,8 +106,7 @@ def processes(request, tmp_path_factory) -> Path:
     config, ending, parts = KINDS[request.param]
     folder = tmp_path_factory.mktemp("processes") / "two"
     recipe_in(folder, **ending)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
-    command += ["--num_processes", 2]
+    command = ["--config_file", CONFIGS / config, "--num_processes", 2]
     commands = [command]
     if request.param == "two nodes":
         rendezvous = ["--main_process_ip", "127.0.0.1", "--main_process_port", get_free_port()]

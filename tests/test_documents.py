@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import run_code, run_command
 
 import vanilla_transformer
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
@@ -28,6 +29,17 @@ COMMANDS = [
 ]
 TRAIN_PROGRAM = re.compile(r"(?:vanilla-transformer|-m vanilla_transformer_commands) train ")
 TRAIN = [line for line in COMMANDS if TRAIN_PROGRAM.search(line) and "[" not in line and "..." not in line]
+# What `python PATH` and `python -m NAME` do.
+RUN_MAIN = """
+import runpy, sys
+del sys.argv[0]
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    sys.modules.pop(sys.argv[0], None)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 PROGRAMS = {
     "train": ["-m", "vanilla_transformer.training.train"],
     "evaluate": ["-m", "vanilla_transformer.training.evaluate"],
@@ -60,15 +72,12 @@ def saved_model(tmp_path):
 
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
 def test_each_python_block_of_the_readme_runs(code, saved_model):
-    result = subprocess.run([sys.executable, "-c", code], cwd=saved_model, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.strip()
+    assert run_code(code, cwd=saved_model, check=True).stdout.strip()
 
 
 def test_the_examples_of_the_decoding_guide_run_from_top_to_bottom(saved_model):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8"), re.DOTALL)
-    result = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=saved_model, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_code("\n".join(blocks), cwd=saved_model, check=True)
     assert (saved_model / "alignment.png").stat().st_size > 1000
 
 
@@ -87,21 +96,13 @@ def test_each_training_command_of_the_documents_is_understood(line, saved_model,
 def test_the_translate_command_of_the_readme_runs(saved_model):
     (line,) = [line for line in COMMANDS if line.startswith("vanilla-transformer translate runs/en-fr")]
     (saved_model / "sentences.txt").write_text("3 days ago\n\n")
-    result = subprocess.run(
-        [sys.executable, "-m", "vanilla_transformer_commands", *shlex.split(line)[1:], "--max_new_tokens", "3"],
-        cwd=saved_model,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_command(*shlex.split(line)[1:], "--max_new_tokens", 3, cwd=saved_model, check=True)
     assert (saved_model / "translations.txt").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_help_says_how_a_program_is_used(program):
-    result = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "usage:" in result.stdout
+    assert "usage:" in run_code(RUN_MAIN, *program, "--help", cwd=ROOT, check=True).stdout
 
 
 def test_the_tree_of_the_readme_names_every_module():
@@ -186,15 +187,23 @@ def test_the_wheel_holds_everything(site):
 def test_the_commands_of_the_wheel_train_score_translate_show_and_export(site):
     sizes = "--d_model 16 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 16 --decoder_ffn_dim 16"
     recipe = f"quickstart.yaml --output_dir run --vocab_size 300 --phrasebook_size 2000 --max_eval_samples 5 {sizes}"
-    from_wheel(site, *VANILLA, "train", *shlex.split(recipe), "--max_steps", "2", "--warmup_steps", "1")
-    scores = from_wheel(site, *VANILLA, "evaluate", "run", "--dataset", "phrasebook:en-de", "--max_eval_samples", "3")
-    assert "run on 3 pairs of the test split" in scores.stdout
+    commands = [
+        f"train {recipe} --max_steps 2 --warmup_steps 1",
+        "evaluate run --dataset phrasebook:en-de --max_eval_samples 3",
+        "translate run --input in.txt",
+        "info run",
+        "export run --format marian --output marian",
+    ]
     (site.parent / "in.txt").write_text("3 days ago\n")
-    assert from_wheel(site, *VANILLA, "translate", "run", "--input", "in.txt").stdout.count("\n") == 1
-    shown = from_wheel(site, *VANILLA, "info", "run").stdout
+    # In one process, which imports the package once.
+    code = "import sys\nfrom vanilla_transformer_commands.main import run\n"
+    code += "for line in sys.argv[1:]: name, *argv = line.split(); run(name, argv); print('== end of', name)"
+    printed = re.split("== end of .*\n", from_wheel(site, "-c", code, *commands).stdout)
+    _, scores, translations, shown, _, _ = printed
+    assert "run on 3 pairs of the test split" in scores
+    assert translations.count("\n") == 1
     assert re.search(r"^layers +1 \+ 1$", shown, re.MULTILINE)
     assert re.search(r"^engine, int8 +(compiled|packed)", shown, re.MULTILINE)
-    from_wheel(site, *VANILLA, "export", "run", "--format", "marian", "--output", "marian")
     assert (site.parent / "marian" / "model.safetensors").is_file()
 
 
@@ -220,7 +229,7 @@ def test_the_program_lists_its_commands_and_refuses_others(site):
     assert from_wheel(site, *VANILLA).stdout == from_wheel(site, *VANILLA, "--help").stdout
     refused = from_wheel(site, *VANILLA, "trian", check=False)
     assert (refused.returncode, refused.stderr) == (2, "error: there is no command 'trian': did you mean train?\n")
-    refused = from_wheel(site, *VANILLA, "translate", "run", "--bams", "3", check=False)
+    refused = run_command("translate", "run", "--bams", 3)
     assert refused.returncode == 2
     assert refused.stderr == (
         "error: unrecognized arguments: --bams 3 (`vanilla-transformer translate --help` lists the options)\n"
@@ -228,9 +237,7 @@ def test_the_program_lists_its_commands_and_refuses_others(site):
 
 
 def test_a_shell_completes_commands_and_options():
-    script = subprocess.run(
-        [sys.executable, *VANILLA, "completion", "bash"], capture_output=True, text=True, check=True
-    )
+    script = run_command("completion", "bash", check=True)
     ask = "COMP_WORDS=({words}); COMP_CWORD={last}; {function}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     (function,) = re.findall(r"^complete .* -F (\w+)", script.stdout, re.MULTILINE)
 

@@ -70,13 +70,13 @@ class TestNetworks:
         assert_found_as_by_transformers(model, **source, max_new_tokens=12)
 
     @pytest.mark.parametrize("name", INSTRUCTIONS)
-    def test_with_any_instructions(self, lively_model, source, monkeypatch, compiled_anew, no_other_search, name):
+    def test_with_any_instructions(self, lively_model, source, monkeypatch, request, no_other_search, name):
         expected = lively_model().generate(**source, **FOUND, compiled=True, compute_type="int8")
         if torch.backends.cpu.get_cpu_capability() not in NEEDED.get(name, torch.backends.cpu.get_cpu_capability()):
             pytest.skip(f"this processor does not have {name}")
         if INSTRUCTIONS[name] is not None:
             monkeypatch.setattr(program, "compiler_flags", lambda: INSTRUCTIONS[name])
-        program.forget()
+            request.getfixturevalue("compiled_anew")
         model = lively_model()
         # Long enough for rows that nobody descends from to be dropped.
         assert_found_as_by_transformers(model, **source, max_new_tokens=60, min_new_tokens=45)

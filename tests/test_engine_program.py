@@ -1,13 +1,14 @@
 """Where the compiled program comes from, which engine decodes and why, and what a machine may lack."""
 
 import errno
+import multiprocessing
 import os
 import re
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compilers import needs_compiler
+from processes import forked, run_code
 from transformers import GenerationMixin
 
 from vanilla_transformer import engine_choice
@@ -179,16 +181,29 @@ class TestDamage:
     """A program that a crash or a full disk has left, and folders that a program cannot be kept in."""
 
     def test_a_damaged_file_is_found_and_compiled_anew(self, cache):
-        command = [sys.executable, "-c", DAMAGED, str(cache)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_code(DAMAGED, cache)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("\n") == 6
 
     def test_processes_may_compile_at_once(self, cache):
-        code = "from vanilla_transformer.engine_program import load; load()"
-        several = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-        assert [process.wait(timeout=300) for process in several] == [0, 0, 0]
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: forked(program.load, check=True), range(3)))
         assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+    def test_a_fork_while_a_thread_compiles_compiles_for_itself(self, cache, tmp_path):
+        """The thread is not in the child, nor is whoever holds the lock."""
+        wait, script = tmp_path / "wait", Path(os.environ["CXX"])
+        wait.touch()
+        script.write_text(script.read_text().replace("for last", f"while [ -e {wait} ]; do sleep 0.02; done\nfor last"))
+        assert program.load_soon() is None
+        process = multiprocessing.get_context("fork").Process(target=program.load, daemon=True)
+        with program._lock:
+            process.start()
+        wait.unlink()
+        process.join(timeout=60)
+        assert process.exitcode == 0, "it hangs"
+        program.load()
 
     def test_a_read_only_folder_gives_its_program(self, lively_model, source, monkeypatch, cache, expected):
         decodes(lively_model(), source, expected)

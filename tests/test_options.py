@@ -4,6 +4,7 @@ ends a run by a traceback.
 The values are made from the parser's own list: of a wrong type, out of range, null, and the default.
 """
 
+import functools
 import logging
 import os
 import re
@@ -103,9 +104,14 @@ def folder(tmp_path, monkeypatch) -> Path:
     set_seed(0)
 
 
+@functools.cache
+def recipe_in(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load(RECIPE.format(folder=folder))
+
+
 def recipe_with(folder: Path, **fields: Any) -> list[str]:
     """A recipe of a tiny run with some fields changed; text as it stands."""
-    told = yaml.safe_load(RECIPE.format(folder=folder)) | fields
+    told = recipe_in(folder) | fields
     (folder / "recipe.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     return [str(folder / "recipe.yaml")]
 

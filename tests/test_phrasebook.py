@@ -253,10 +253,10 @@ def test_a_bad_argument_is_named_with_its_value_and_what_would_be_right(argument
         load_phrasebook(**arguments)
 
 
-def test_the_command_prints_examples_of_every_kind():
-    command = [sys.executable, "-m", "vanilla_transformer.training.data.phrasebook", "en-ja", "--per-kind", "2"]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+def test_the_command_prints_examples_of_every_kind(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["phrasebook", "en-ja", "--per-kind", "2"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
     assert Counter(line.split()[0] for line in lines) == dict.fromkeys(KINDS, 2)
     assert all("  ->  " in line for line in lines)
 

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_new_python
 from torch.utils.data import Dataset as TorchDataset
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -388,15 +386,8 @@ class TestLoading:
             "pipe = pipeline(model=sys.argv[1], trust_remote_code=True, device='cpu');"
             "print(json.dumps(pipe(json.loads(sys.argv[2])))); print(json.dumps(list(pipe.stream('One.'))))"
         )
-        translated, streamed = run_python(load, tmp_path / "published", json.dumps(TEXTS), cwd=tmp_path).splitlines()
+        translated, streamed = run_new_python(
+            load, tmp_path / "published", json.dumps(TEXTS), cwd=tmp_path
+        ).splitlines()
         assert json.loads(translated) == pipe(TEXTS)
         assert json.loads(streamed) == list(pipe.stream("One."))
-
-
-def run_python(program, *arguments, cwd):
-    """Runs a program in a new process, offline, in a folder that is not this repository's."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hub"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    finished = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout

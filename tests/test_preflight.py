@@ -113,7 +113,7 @@ def number(pattern: str, text: str) -> float:
 def test_a_check_leaves_nothing_behind_and_says_what_the_run_then_does(tmp_path, caplog):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "recipe.yaml").write_text(PHRASEBOOK + NETWORK + f"output_dir: {tmp_path / 'run'}")
-    printed = train(tmp_path / "recipe.yaml", "--check", TMPDIR=tmp_path / "tmp").stdout
+    printed = train(tmp_path / "recipe.yaml", "--check", TMPDIR=str(tmp_path / "tmp")).stdout
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["recipe.yaml", "tmp"]
     assert "The run can start." in printed
     assert not re.search(r"^(warning|error)", printed, re.MULTILINE)

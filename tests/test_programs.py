@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import run_code
 
 from vanilla_transformer.training import evaluate
 from vanilla_transformer.training.errors import UserError
@@ -249,8 +250,12 @@ def test_a_folder_that_is_written_is_whole_or_not_there(tmp_path):
 
 
 def test_the_phrasebook_is_printed_in_any_encoding():
-    command = [sys.executable, "-m", "vanilla_transformer.training.data.phrasebook", "en-ja", "--per-kind", "1"]
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    run = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert (run.returncode, run.stderr) == (0, b"")
-    assert rb"\u" in run.stdout
+    code = """
+import runpy, sys
+sys.stdout.reconfigure(encoding="latin-1")
+sys.modules.pop("vanilla_transformer.training.data.phrasebook", None)
+runpy.run_module("vanilla_transformer.training.data.phrasebook", run_name="__main__", alter_sys=True)
+"""
+    run = run_code(code, "en-ja", "--per-kind", 1)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert r"\u" in run.stdout

@@ -2,12 +2,11 @@
 
 import copy
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import TINY
+from processes import forked_ranks
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq
 
@@ -160,18 +159,15 @@ def test_one_update_is_the_same_however_its_batch_is_split(batch, whole, tmp_pat
     assert_same_update(whole, one_update(tmp_path, batch, accumulation=8 // batch))
 
 
+def one_of_two(folder) -> None:
+    torch.save(one_update(folder, batch=4), folder / f"{os.environ['RANK']}.pt")
+
+
 def test_one_update_of_two_processes_is_that_of_one(whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked_ranks(one_of_two, tmp_path, CUDA_VISIBLE_DEVICES="")
     for process in (0, 1):
         assert_same_update(whole, torch.load(tmp_path / f"{process}.pt"))
 
 
 def test_the_divergence_takes_part_in_an_update(whole, tmp_path):
     assert whole["loss"] > one_update(tmp_path, batch=8, alpha=0.0)["loss"] + 0.01
-
-
-if __name__ == "__main__":
-    torch.save(one_update(sys.argv[1], batch=4), f"{sys.argv[1]}/{os.environ['RANK']}.pt")

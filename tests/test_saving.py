@@ -1,13 +1,10 @@
 """A saved folder gives back the same network through every door, and a damaged one says what is wrong."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import execute, forked_ranks, run_code, run_new_python
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
@@ -25,15 +22,6 @@ SOURCE, TARGET = torch.tensor([[5, 9, 33, 2]]), torch.tensor([[1, 17, 8]])
 
 def logits_of(model) -> torch.Tensor:
     return model.eval()(input_ids=SOURCE, decoder_input_ids=TARGET).logits
-
-
-def run_python(program: str, *arguments, cwd: Path) -> str:
-    """Runs a program in a new process, offline, in a folder that is not this repository's."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hub"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    finished = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 @pytest.fixture
@@ -69,7 +57,7 @@ def test_another_process_loads_the_same_network(saved, tmp_path):
         "ids = torch.tensor([[5, 9, 33, 2]]), torch.tensor([[1, 17, 8]]);"
         "torch.save(model(input_ids=ids[0], decoder_input_ids=ids[1]).logits, sys.argv[2])"
     )
-    run_python(program, folder, tmp_path / "logits.pt", cwd=tmp_path)
+    run_code(program, folder, tmp_path / "logits.pt", cwd=tmp_path, check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits_of(model), atol=1e-6, rtol=1e-6)
 
 
@@ -219,10 +207,7 @@ class TestParallelPlans:
         }
         for name, model in models.items():
             model.save_pretrained(tmp_path / name)
-        program = tmp_path / "program.py"
-        program.write_text(TWO_RANKS)
-        launch = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
-        run_python(launch, "--standalone", "--nproc-per-node", "2", program, *models, cwd=tmp_path)
+        forked_ranks(execute, TWO_RANKS, list(models), cwd=tmp_path)
         for name, model in models.items():
             logits, gradient, found = torch.load(tmp_path / f"{name}.pt")
             outputs = model(input_ids=SOURCE, decoder_input_ids=TARGET, labels=TARGET)
@@ -243,7 +228,7 @@ def test_a_folder_with_code_loads_where_the_package_is_unknown(tiny_model, tmp_p
         "VanillaTransformerForConditionalGeneration.register_for_auto_class('AutoModelForSeq2SeqLM');"
         "VanillaTransformerForConditionalGeneration.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
     )
-    run_python(publish, tmp_path / "plain", tmp_path / "published", cwd=tmp_path)
+    run_code(publish, tmp_path / "plain", tmp_path / "published", cwd=tmp_path, check=True)
     modules = {f"{part}_vanilla_transformer.py" for part in ("configuration", "generation", "modeling")}
     modules |= {"decoding_call.py", "engine_packed.py", "loading.py", "network_loss.py", "scoring.py"}
     assert modules <= {file.name for file in (tmp_path / "published").iterdir()}
@@ -254,5 +239,5 @@ def test_a_folder_with_code_loads_where_the_package_is_unknown(tiny_model, tmp_p
         "ids = torch.tensor([[5, 9, 33, 2]]), torch.tensor([[1, 17, 8]]);"
         "torch.save(model(input_ids=ids[0], decoder_input_ids=ids[1]).logits, sys.argv[2])"
     )
-    run_python(load, tmp_path / "published", tmp_path / "logits.pt", cwd=tmp_path)
+    run_new_python(load, tmp_path / "published", tmp_path / "logits.pt", cwd=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits_of(model), atol=1e-6, rtol=1e-6)

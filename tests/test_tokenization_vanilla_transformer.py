@@ -4,12 +4,11 @@ import copy
 import functools
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from processes import run_new_python
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -147,8 +146,7 @@ def test_another_process_loads_the_same_ids(tokenizers, tmp_path):
         "print(json.dumps(AutoTokenizer.from_pretrained(sys.argv[1])(json.loads(sys.argv[2]))['input_ids']))"
     )
     texts = [*SENTENCES[:5], "</s> ▁ 👩‍👩‍👧"]
-    command = [sys.executable, "-c", program, str(tmp_path), json.dumps(texts)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    answer = run_new_python(program, tmp_path, json.dumps(texts), cwd=tmp_path)
     assert json.loads(answer) == tokenizer(texts)["input_ids"]
 
 

@@ -1,10 +1,7 @@
 """vanilla-transformer tokenizer, run as its users run it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from processes import run_command
 from transformers import AutoTokenizer
 
 from vanilla_transformer.training.program import run_program
@@ -14,13 +11,8 @@ from vanilla_transformer_commands import tokenizer
 PHRASEBOOK = ["--dataset", "phrasebook:en-de", "--phrasebook_size", "500", "--vocab_size", "400"]
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vanilla_transformer_commands", "tokenizer"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-
-
 def test_it_saves_a_tokenizer_once(tmp_path):
-    first = run(*PHRASEBOOK, "--output_dir", tmp_path)
+    first = run_command("tokenizer", *PHRASEBOOK, "--output_dir", tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith(f"400 subwords from 500 pairs, saved in {tmp_path}\n")
     learned = AutoTokenizer.from_pretrained(tmp_path)
@@ -28,7 +20,7 @@ def test_it_saves_a_tokenizer_once(tmp_path):
     ids = learned("March 7, 2023")["input_ids"]
     assert learned.decode(ids, skip_special_tokens=True) == "March 7, 2023"
 
-    second = run(*PHRASEBOOK, "--output_dir", tmp_path)
+    second = run_command("tokenizer", *PHRASEBOOK, "--output_dir", tmp_path)
     assert second.returncode == 2
     assert second.stderr == (
         f"error: output_dir={tmp_path} already holds a tokenizer: choose another, or delete it first\n"
@@ -36,7 +28,7 @@ def test_it_saves_a_tokenizer_once(tmp_path):
 
 
 def test_help_lists_every_field():
-    shown = run("--help")
+    shown = run_command("tokenizer", "--help")
     assert shown.returncode == 0
     for name in ("--output_dir", "--vocab_size", "--tokenizer_model", "--pretokenized", "--train_file", "--data_dir"):
         assert name in shown.stdout

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from processes import run_code, run_command
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
@@ -26,7 +27,6 @@ from vanilla_transformer.training.translator import translate
 
 
 ROOT = Path(__file__).parents[1]
-TRANSLATE = [sys.executable, "-m", "vanilla_transformer_commands", "translate"]
 RECIPE = """
 train_file: [{data}/train.en, {data}/train.de]
 validation_file: [{data}/valid.jsonl]
@@ -76,16 +76,8 @@ def write_recipe(folder: Path, tokens: int = 150, output: str = "run") -> Path:
     return folder / "recipe.yaml"
 
 
-def run(*command, check=True, **environment) -> subprocess.CompletedProcess:
-    """A program in a process of its own; two of them share the machine's cores without waiting for each other."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def train(*argv, **options) -> subprocess.CompletedProcess:
-    return run(sys.executable, "-m", "vanilla_transformer.training.train", *argv, **options)
+def train(*argv, check=True, **environment) -> subprocess.CompletedProcess:
+    return run_command("train", *argv, cwd=ROOT, check=check, CUDA_VISIBLE_DEVICES="", **environment)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +129,7 @@ def test_the_python_code_of_the_model_card_runs(finished):
     folder, _ = finished
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["example_translation"] in run(sys.executable, "-c", code).stdout
+    assert metrics["example_translation"] in run_code(code, cwd=ROOT, check=True).stdout
 
 
 @pytest.mark.parametrize(("launcher", "tokens"), [([], 400), (TWO_PROCESSES, 200)], ids=["python -m", "two processes"])
@@ -147,7 +139,10 @@ def test_a_short_run_on_the_phrasebook_learns(launcher, tokens, tmp_path):
     (tmp_path / "phrases.yaml").write_text(recipe.replace("validation_file", "phrasebook_size: 3000 #"))
     options = ["--max_steps", 420, "--learning_rate", 0.005, "--d_model", 64, "--vocab_size", 600]
     options += ["--max_eval_samples", 100]
-    run(sys.executable, "-m", *launcher, "vanilla_transformer.training.train", tmp_path / "phrases.yaml", *options)
+    words = [sys.executable, "-m", *launcher, "vanilla_transformer.training.train", tmp_path / "phrases.yaml", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
 
     state = json.loads((tmp_path / "run" / "checkpoint-420" / "trainer_state.json").read_text())
     losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
@@ -185,20 +180,12 @@ def test_a_run_can_end_with_the_mean_of_its_last_checkpoints(tmp_path):
 def test_evaluate_and_translate_agree_with_the_run(finished, tmp_path):
     folder, _ = finished
     data = folder.parent / "valid.jsonl"
-    command = ["vanilla_transformer.training.evaluate", folder, "--test_file", data]
-    run(sys.executable, "-m", *command, "--output_file", tmp_path / "scores.json")
+    run_command("evaluate", folder, "--test_file", data, "--output_file", tmp_path / "scores.json", check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert json.loads((tmp_path / "scores.json").read_text()) == metrics["scores"]
 
     (tmp_path / "in.txt").write_text("red dog\n\nblue house\n")
-    run(
-        *TRANSLATE,
-        folder,
-        "--input",
-        tmp_path / "in.txt",
-        "--output",
-        tmp_path / "out.txt",
-    )
+    run_command("translate", folder, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt", check=True)
     lines = (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")
     assert len(lines) == 4
     assert lines[1] == lines[3] == ""
@@ -241,13 +228,7 @@ def test_a_damaged_model_is_refused_by_name(finished, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    result = run(
-        *TRANSLATE,
-        tmp_path,
-        "--input",
-        folder.parent / "train.en",
-        check=False,
-    )
+    result = run_command("translate", tmp_path, "--input", folder.parent / "train.en")
     assert result.returncode == 2
     assert str(tmp_path) in result.stderr.splitlines()[-1] or "cannot load the model" in result.stderr
     assert "Traceback" not in result.stderr

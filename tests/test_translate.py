@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from compilers import needs_compiler
+from processes import place_of, start
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianConfig, MarianMTModel
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, train_tokenizer
@@ -31,9 +32,6 @@ from vanilla_transformer_commands import translate as SCRIPT
 
 
 PROGRAM = [sys.executable, "-m", "vanilla_transformer_commands", "translate"]
-# Forks of a process that has everything imported and computes nothing: OpenMP's threads are not forked with it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vanilla_transformer.training.translator", "accelerate", "pytest", "hypothesis"])
 WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu", "mé") for last in ("n", "r", "s", "t")]
 SIZES = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -223,8 +221,7 @@ def stop_before(window: int, argv: list[str], monkeypatch) -> None:
 def life(argv: list[str], output: Path, rank: int = 0, world: int = 1, port: int = 0, death: tuple = ()) -> None:
     """What a process of its own does: one of `world`. It dies at an event whose first argument ends in some way."""
     if world > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update(place_of(rank, world, port))
     PartialState._reset_state()  # that of the process that was forked
     log = os.open(output.with_suffix(f".log{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
@@ -239,9 +236,7 @@ def life(argv: list[str], output: Path, rank: int = 0, world: int = 1, port: int
 
 
 def begin(argv: list[str], output: Path, *args, **options) -> multiprocessing.Process:
-    process = FORKS.Process(target=life, args=(argv, output, *args), kwargs=options)
-    process.start()
-    return process
+    return start(life, argv, output, *args, **options)
 
 
 def finish(*processes: multiprocessing.Process, status: int = 0) -> None:

@@ -34,6 +34,13 @@ FORKS.set_forkserver_preload(
 # Of the test run: a test that starts the first process may have changed it.
 ENVIRONMENT = dict(os.environ)
 
+# Code that comes before others: modules of the package can then be imported without all of it and transformers, which
+# take most of the time of an import.
+WITHOUT_PACKAGE = """
+import importlib.util, sys
+sys.modules["vanilla_transformer"] = importlib.util.module_from_spec(importlib.util.find_spec("vanilla_transformer"))
+"""
+
 
 def start(work: Callable, *arguments: Any, **options: Any) -> multiprocessing.Process:
     """Starts `work(*arguments, **options)`, a function of a module, in a fork."""

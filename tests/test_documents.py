@@ -87,7 +87,7 @@ def test_each_training_command_of_the_documents_is_understood(line, saved_model,
     (saved_model / "runs" / "en-fr" / "recipe.yaml").write_text("dataset: phrasebook:en-fr\noutput_dir: runs/en-fr\n")
     (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
     (saved_model / "mine.yaml").write_text(recipe, encoding="utf-8")
-    words = shlex.split(TRAIN_PROGRAM.split(line, maxsplit=1)[1])
+    words = shlex.split(TRAIN_PROGRAM.split(line, maxsplit=1)[1], comments=True)
     recipe = parse_recipe([word for word in words if word != "&&"])
     assert recipe.training.output_dir
     assert recipe.data.dataset or recipe.data.train_file

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from processes import run_code
+from processes import WITHOUT_PACKAGE, run_code
 
 from vanilla_transformer.training import evaluate
 from vanilla_transformer.training.errors import UserError
@@ -22,9 +22,11 @@ from vanilla_transformer_commands.benchmark import command as benchmark
 
 
 ROOT = Path(__file__).parents[1]
-# One process imports everything; a fork of it for each case runs a program, and ends as Python ends.
+# One process imports what is needed; a fork of it for each case runs a program, and ends as Python ends.
+# Without torch, whose modules are most of what would end with each of them.
 DRIVER = """
-import os, sys
+import os, sys, types
+sys.modules["torch"] = types.SimpleNamespace(get_num_threads=lambda: 1, set_num_threads=lambda count: None)
 from tqdm import tqdm
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.program import EXTRAS, run_program
@@ -104,7 +106,7 @@ def ended(tmp_path_factory) -> dict[str, tuple[int, bytes, bytes]]:
     folder = tmp_path_factory.mktemp("programs")
     cases = repr([case[:2] for case in CASES.values()])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-    driver = [sys.executable, "-c", DRIVER, cases]
+    driver = [sys.executable, "-c", WITHOUT_PACKAGE + DRIVER, cases]
     run = subprocess.run(driver, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return {

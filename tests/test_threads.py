@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import WITHOUT_PACKAGE
 
 from vanilla_transformer.training.threads import cpu_quota
 
@@ -46,11 +47,9 @@ def answer(program: str, **environment: str) -> str:
     ).stdout.strip()
 
 
-# Without the package's first lines and transformers, which take most of the time of an import.
-FITTED = """
-import importlib.util, sys, torch
-spec = importlib.util.find_spec("vanilla_transformer")
-sys.modules["vanilla_transformer"] = importlib.util.module_from_spec(spec)
+FITTED = f"""
+{WITHOUT_PACKAGE}
+import torch
 from vanilla_transformer.training import threads
 from vanilla_transformer.training.program import run_program
 before = torch.get_num_threads()

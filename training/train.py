@@ -7,6 +7,7 @@ folder holds the best model with its tokenizer, metrics.json, loss_curve.png, re
 import logging
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch.distributed as dist
 from datasets import DatasetDict
@@ -21,7 +22,7 @@ from .checks.prepared import Run
 from .checks.rehearsal import rehearse
 from .data.rows import prepare_data, with_bpe_dropout
 from .errors import RecipeError
-from .files import make_folder
+from .files import make_folder, put_in_place
 from .findings import require
 from .loop.averaging import last_checkpoints, load_average
 from .loop.callbacks import RecipeWriter, callbacks
@@ -137,7 +138,11 @@ def final_model(args: TrainingArguments) -> PreTrainedModel:
     model, _ = load_model(args.output_dir)
     if args.average_checkpoints:
         load_average(model, last_checkpoints(args.output_dir, args.average_checkpoints))
-        model.save_pretrained(args.output_dir)
+        # Beside what is there, then in its place: a crash leaves one model or the other.
+        with TemporaryDirectory(dir=args.output_dir) as folder:
+            model.save_pretrained(folder)
+            for path in Path(folder).iterdir():
+                put_in_place(path, Path(args.output_dir, path.name))
     return model
 
 

@@ -137,14 +137,27 @@ def test_a_short_run_on_the_phrasebook_learns(launcher, tokens, tmp_path):
     """Its held-out loss falls under half of what the frequencies of the subwords alone would give."""
     recipe = write_recipe(tmp_path, tokens).read_text().replace("train_file", "dataset: phrasebook:en-de #")
     (tmp_path / "phrases.yaml").write_text(recipe.replace("validation_file", "phrasebook_size: 3000 #"))
-    options = ["--max_steps", 420, "--learning_rate", 0.005, "--d_model", 64, "--vocab_size", 600]
+    options = [
+        "--max_steps",
+        300,
+        "--eval_steps",
+        300,
+        "--save_steps",
+        300,
+        "--learning_rate",
+        0.005,
+        "--d_model",
+        64,
+        "--vocab_size",
+        600,
+    ]
     options += ["--max_eval_samples", 100]
     words = [sys.executable, "-m", *launcher, "vanilla_transformer.training.train", tmp_path / "phrases.yaml", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
 
-    state = json.loads((tmp_path / "run" / "checkpoint-420" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / "run" / "checkpoint-300" / "trainer_state.json").read_text())
     losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     phrases = load_phrasebook("en-de", train_size=3000)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")

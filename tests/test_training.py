@@ -137,21 +137,8 @@ def test_a_short_run_on_the_phrasebook_learns(launcher, tokens, tmp_path):
     """Its held-out loss falls under half of what the frequencies of the subwords alone would give."""
     recipe = write_recipe(tmp_path, tokens).read_text().replace("train_file", "dataset: phrasebook:en-de #")
     (tmp_path / "phrases.yaml").write_text(recipe.replace("validation_file", "phrasebook_size: 3000 #"))
-    options = [
-        "--max_steps",
-        300,
-        "--eval_steps",
-        300,
-        "--save_steps",
-        300,
-        "--learning_rate",
-        0.005,
-        "--d_model",
-        64,
-        "--vocab_size",
-        600,
-    ]
-    options += ["--max_eval_samples", 100]
+    options = "--max_steps 300 --eval_steps 300 --save_steps 300 --learning_rate 0.005 --d_model 64 --vocab_size 600"
+    options = [*options.split(), "--max_eval_samples", 100]
     words = [sys.executable, "-m", *launcher, "vanilla_transformer.training.train", tmp_path / "phrases.yaml", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -264,7 +264,7 @@ def test_it_can_be_saved_with_the_model(lively_model, source, tmp_path, no_other
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"compute_type": "bfloat16"}, "compiled=True: it computes in float32 or int8, not in bfloat16"),
+        ({"compute_type": "bfloat16"}, "the compiled program computes in float32 or int8, not in bfloat16"),
         (
             {"decoder_input_ids": torch.full((12, 2), 61)},
             "decoder_input_ids holds id 61, outside the vocabulary: its ids are 0 to 60",

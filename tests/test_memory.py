@@ -30,9 +30,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc")
 def test_memory_that_was_used_once_is_used_again_without_page_faults():
-    training, faults = Path(__file__).parents[1] / "training", {}
+    folder, faults = Path(__file__).parents[1] / "training" / "loop", {}
     for kind in ("stock", "held"):
-        command = [sys.executable, "-c", PROGRAM, kind, training]
+        command = [sys.executable, "-c", PROGRAM, kind, folder]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         faults[kind] = int(result.stdout)
     assert faults["held"] < 0.01 * faults["stock"]

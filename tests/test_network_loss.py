@@ -297,9 +297,9 @@ class TestOutputsByNumber:
         outputs = tiny_model().train()(**batch)
         assert outputs[0] is outputs.loss is outputs["loss"]
         assert outputs.encoder_last_hidden_state is not None
-        with pytest.raises(ValueError, match="without logits: give return_logits=True"):
+        with pytest.raises(ValueError, match="without logits: set return_logits=True"):
             outputs[place]
-        with pytest.raises(ValueError, match="without logits: give return_logits=True"):
+        with pytest.raises(ValueError, match="without logits: set return_logits=True"):
             outputs.to_tuple()
 
     @pytest.mark.parametrize("training", [True, False])

@@ -331,7 +331,7 @@ def test_another_number_of_processes_is_refused(tiny_model, tokenizer, tmp_path)
     trainer = make_trainer(tiny_model(vocab_size=len(tokenizer)), tokenizer, tmp_path, make(tokenizer))
     (tmp_path / "stream_0.json").write_text('{"processes": 2}')
     with pytest.raises(RecipeError, match="written by 2 streaming processes, but this run has 1"):
-        trainer._resume_stream(str(tmp_path), 12)
+        trainer._resume(trainer.stream, str(tmp_path), 12)
 
 
 RECIPE = """

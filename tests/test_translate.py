@@ -435,7 +435,7 @@ MISTAKES = {
     "more than the beams": (["MODEL", "--n_best", "5"], "--n_best 5 is more than num_beams=4"),
     "no such program": (
         ["MODEL", "--compiled", "--compute_type", "bfloat16"],
-        "compiled=True: it computes in float32 or int8, not in bfloat16",
+        "compiled=True: the compiled program computes in float32 or int8, not in bfloat16",
     ),
 }
 

@@ -2,11 +2,8 @@
 
 import gzip
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import tracemalloc
 from collections import defaultdict
 from itertools import islice
@@ -15,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from processes import forked_ranks
 from transformers import DataCollatorForSeq2Seq
 
 from vanilla_transformer import train_tokenizer
@@ -24,9 +22,9 @@ from vanilla_transformer.training.errors import DataError, RecipeError
 from vanilla_transformer.training.loop.trainer import TranslationTrainer
 from vanilla_transformer.training.settings.arguments import DataArguments, TrainingArguments
 from vanilla_transformer.training.settings.recipe import parse_recipe
+from vanilla_transformer_commands.main import run as run_program
 
 
-ROOT = Path(__file__).parents[1]
 GENERATOR = random.Random(0)
 WORDS = ["ein", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht"]
 # Each ends with its number, so that no two are equal.
@@ -359,17 +357,13 @@ output_dir: {folder}/run
 """
 
 
-def test_two_processes_train_from_a_stream_by_one_command(tmp_path):
+def test_two_processes_train_from_a_stream(tmp_path):
     for name, pairs in (("train", PAIRS), ("valid", PAIRS[:20])):
         for language, side in zip(("en", "de"), zip(*pairs, strict=True), strict=True):
             (tmp_path / f"{name}.{language}").write_text("".join(f"{text}\n" for text in side), encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launcher += ["-m", "vanilla_transformer.training.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", *launcher, str(tmp_path / "recipe.yaml"), "--max_eval_samples", "20"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
+    argv = [str(tmp_path / "recipe.yaml"), "--max_eval_samples", "20"]
+    forked_ranks(run_program, "train", argv, CUDA_VISIBLE_DEVICES="")
 
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["training"]["updates"] == 30

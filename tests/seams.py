@@ -69,6 +69,8 @@ OVERRIDDEN = {
     "transformers.HfArgumentParser": {
         "error(self, message)": "raises our error, where argparse ends the process",
         "format_help(self)": "shows the fields in groups, ours before transformers'",
+        "parse_args_into_dataclasses(self, args=None, return_remaining_strings=False, look_for_args_file=True, "
+        "args_filename=None, args_file_flag=None)": "an unknown option is a mistake of the user's, told by `error()`",
     },
     "argparse.ArgumentParser": {
         "error(self, message)": "one line, without the usage",

@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.evaluate import main
+from vanilla_transformer.training.program import run_program
 from vanilla_transformer.training.translator import translate
 
 
@@ -127,3 +128,11 @@ def test_half_of_a_surrogate_pair_is_named(run):
             call(texts)
     with pytest.raises(ValueError, match=r"^text 1 has"):
         next(pipe.stream(texts[1]))
+
+
+def test_an_unknown_option_is_refused_with_the_likely_one(run, capsys):
+    for word, message in (("--nonsense", "--nonsense 3"), ("--num_beems", "--num_beems 3: did you mean --num_beams?")):
+        with pytest.raises(SystemExit) as ended:
+            run_program(main, [str(run), word, "3"])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == f"error: unrecognized arguments: {message}\n"

@@ -1,10 +1,12 @@
 """One parser for the options of YAML files and of the command line. It reads each by the type of its field."""
 
 import json
+import re
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Container, Mapping, Sequence
 from copy import copy
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -160,12 +162,19 @@ class OptionParser(HfArgumentParser):
         shown.default = SUPPRESS if default is None else default
         return shown
 
+    def parse_args_into_dataclasses(self, args=None, **options):
+        """As transformers' own. An unknown option ends in `error()`, where transformers raises a ValueError."""
+        self.parse_args(args)
+        return super().parse_args_into_dataclasses(args, **options)
+
     def error(self, message: str) -> NoReturn:
         """
         Raises:
-            RecipeError: always. argparse would end the process.
+            RecipeError: always; argparse itself would end the process.
         """
-        raise RecipeError(message)
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        likely = get_close_matches(unknown[1], self.hints, n=1) if unknown else []
+        raise RecipeError(f"{message}: did you mean --{likely[0]}?" if likely else message)
 
     def typed(self, name: str, value: Any) -> Any:
         """

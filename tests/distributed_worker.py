@@ -65,9 +65,6 @@ def one_update(folder: Path, **options) -> dict[str, torch.Tensor]:
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     folder, parts = Path(sys.argv[1]), sys.argv[2:]
-    # A run ends the group of all processes when it ends, and these runs share one.
-    end_group = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda group=None: group and end_group(group)
     if os.environ.get("ACCELERATE_USE_FSDP"):
         take_the_cpu_for_a_gpu()
     if "run" in parts:
@@ -79,4 +76,4 @@ if __name__ == "__main__":
         found = {name: one_update(folder, **options) for name, options in SPLITS.items()}
         if os.environ["RANK"] == "0":
             torch.save(found, folder / "updates.pt")
-    end_group()
+    torch.distributed.destroy_process_group()

@@ -26,7 +26,11 @@ ROOT = Path(__file__).parents[1]
 # Without torch, whose modules are most of what would end with each of them.
 DRIVER = """
 import os, sys, types
-sys.modules["torch"] = types.SimpleNamespace(get_num_threads=lambda: 1, set_num_threads=lambda count: None)
+sys.modules["torch"] = types.SimpleNamespace(
+    get_num_threads=lambda: 1,
+    set_num_threads=lambda count: None,
+    distributed=types.SimpleNamespace(is_available=lambda: False),
+)
 from tqdm import tqdm
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.program import EXTRAS, run_program

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from .errors import UserError
@@ -50,6 +51,8 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
     fit_threads()
     try:
         main([word for word in argv if word != "--verbose"])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         sys.stdout.flush()
     except KeyboardInterrupt:
         _end(130, "\ninterrupted")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch.distributed as dist
 from datasets import DatasetDict
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -76,8 +75,6 @@ def main(argv: list[str]) -> None:
     # 4. scores and documents: by one process, from the saved files, since a sharded model runs only in all processes
     if trainer.is_world_process_zero():
         finish(recipe, trainer, final_model(args), run.pairs)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def prepare(recipe: Recipe) -> Run:

@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from vanilla_transformer.engine_choice import Engine
 from vanilla_transformer.loading import text_fault
 from vanilla_transformer.pipeline_batches import batches_by_length, longest_sentence
 
@@ -45,6 +46,23 @@ def translate(
     with tqdm(total=len(rows), desc="translating", unit="lines", disable=None) as progress:
         found = translate_rows(model, tokenizer, rows, batch_tokens, progress=progress.update, **options)
     return [hypotheses[0].text for hypotheses in found]
+
+
+def engine_for(model: PreTrainedModel, **options) -> Engine:
+    """
+    The engine that decodes the model on this machine, found by decoding one token.
+
+    Args:
+        model: in evaluation mode.
+        options: arguments of `generate()`.
+
+    Raises:
+        ValueError: the options are wrong, or this machine does not support them.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    mask = torch.ones_like(token)  # no padding, even if 0 is the padding id
+    model.generate(token, attention_mask=mask, **{**options, "max_new_tokens": 1})
+    return model.last_engine
 
 
 def encode(

@@ -15,10 +15,11 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
         max_tokens: source tokens of a batch, padding included. A longer row becomes a batch by itself.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    while order:
-        size = max(1, max_tokens // lengths[order[0]])
-        yield order[:size]
-        order = order[size:]
+    start = 0
+    while start < len(order):
+        end = start + max(1, max_tokens // lengths[order[start]])
+        yield order[start:end]
+        start = end
 
 
 def longest_sentence(config: PreTrainedConfig) -> int | None:

@@ -14,6 +14,7 @@ SIZES = {
     "attention heads": ("encoder_attention_heads", "decoder_attention_heads"),
     "size of the FFN": ("encoder_ffn_dim", "decoder_ffn_dim"),
 }
+DECODING = ("num_beams", "length_penalty", "max_new_tokens")
 COMPUTE_TYPES = ("float32", "bfloat16", "int8")
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     from vanilla_transformer.training.saved_model import load_model
 
     model, tokenizer = load_model(arguments.model)
-    config, decoding = model.config, model.generation_config
+    config, decoding = model.config, model.generation_config.to_dict()
     lines = {
         "model": arguments.model,
         "parameters": f"{model.num_parameters():,} in {str(model.dtype).removeprefix('torch.')}",
@@ -41,21 +42,19 @@ def main(argv: list[str]) -> None:
         "norms": "before the sub-layers" if config.normalize_before else "after the sub-layers, as in the paper",
         "positions": config.position_embedding_type,
         "vocabulary": f"{len(tokenizer):,} subwords",
-        "decoding": f"num_beams={decoding.num_beams}, length_penalty={decoding.length_penalty:g}",
+        "decoding": ", ".join(f"{name}={decoding[name]}" for name in DECODING if decoding.get(name) is not None),
         "machine": machine(),
-        **{f"engine, {kind}": engine_for(model, kind) for kind in COMPUTE_TYPES},
+        **{f"engine, {kind}": engine_in_words(model, kind) for kind in COMPUTE_TYPES},
     }
     print("\n".join(f"{name:18}{value}" for name, value in lines.items()))
 
 
-def engine_for(model: "PreTrainedModel", compute_type: str) -> str:
+def engine_in_words(model: "PreTrainedModel", compute_type: str) -> str:
     """The engine that decodes the model here with this `compute_type`, and why no faster one can."""
-    import torch
+    from vanilla_transformer.training.translator import engine_for
 
-    token = torch.full((1, 1), model.config.eos_token_id, device=model.device)
     try:
-        model.generate(token, attention_mask=torch.ones_like(token), max_new_tokens=1, compute_type=compute_type)
+        name, reason = engine_for(model, compute_type=compute_type)
     except ValueError as error:
         return f"none: {error}"
-    name, reason = model.last_engine
     return f"{name}: {reason}" if reason else name

@@ -90,7 +90,6 @@ def main(argv: list[str]) -> None:
     with translator.progress:
         unfinished = write_stream(translator) if arguments.output == "-" else write_file(translator, processes)
     warn(*unfinished)
-    processes.destroy_process_group()
 
 
 def refuse_impossible(arguments: argparse.Namespace, num_processes: int) -> None:
@@ -139,11 +138,11 @@ class Translator:
     """
 
     def __init__(self, arguments: argparse.Namespace, total: int | None, processes: Any):
-        import torch
         from tqdm.auto import tqdm
 
         from vanilla_transformer.training.errors import UserError
         from vanilla_transformer.training.saved_model import load_model
+        from vanilla_transformer.training.translator import engine_for
 
         self.arguments = arguments
         self.model, self.tokenizer = load_model(arguments.model)
@@ -154,11 +153,9 @@ class Translator:
             raise UserError(f"num_beams={beams} gives no scores: --scores and --n_best need --num_beams 2 or more")
         if (arguments.n_best or 1) > beams:
             raise UserError(f"--n_best {arguments.n_best} is more than num_beams={beams}: raise --num_beams")
-        # A trial call reports what this machine does not support before anything is translated.
+        # What this machine does not support is reported before anything is translated.
         try:
-            token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-            mask = torch.ones_like(token)  # no padding, even if 0 is the padding id
-            self.model.generate(token, attention_mask=mask, **{**self.options, "max_new_tokens": 1})
+            engine_for(self.model, **self.options)
         except ValueError as error:
             raise UserError(str(error)) from error
         # With several processes, the first shows its own progress times their number.

@@ -91,7 +91,7 @@ def prepare(recipe):
     def build(*argv, tokenizer=None) -> Run:
         told = parse_recipe([str(recipe), *argv])
         pairs = load_pairs(told.data)
-        tokenizer = tokenizer or learn_tokenizer(told, pairs)
+        tokenizer = tokenizer or learn_tokenizer(told.tokenizer, pairs["train"])
         rows = {split: tokenize_pairs(pairs[split], tokenizer, told.data, split) for split in pairs if split != "test"}
         return Run(told, pairs, rows, tokenizer, build_model(told, tokenizer))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.data.pairs import load_pairs, training_texts
-from vanilla_transformer.training.errors import DataError, UserError
+from vanilla_transformer.training.data.pairs import load_pairs
+from vanilla_transformer.training.data.rows import learn_tokenizer, training_split
+from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.files import make_sure_of_folder
 from vanilla_transformer.training.settings.arguments import DataArguments, TokenizerArguments
 from vanilla_transformer.training.settings.options import OptionParser
@@ -36,23 +36,17 @@ def main(argv: list[str]) -> None:
     check(output, options)
 
     # 2. the text
-    pairs = load_pairs(data)
-    if "train" not in pairs:
-        raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
+    train = training_split(load_pairs(data))
 
     # 3. its subwords
-    texts = training_texts(pairs["train"])
-    try:
-        tokenizer = train_tokenizer(texts, options.vocab_size, options.tokenizer_model, options.pretokenized)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    tokenizer = learn_tokenizer(options, train)
 
     # 4. a folder for AutoTokenizer
     tokenizer.save_pretrained(Path(output.output_dir))
 
     # 5. what came of it
-    print(f"{len(tokenizer)} subwords from {len(pairs['train'])} pairs, saved in {output.output_dir}")
-    for text in pairs["train"][0].values():
+    print(f"{len(tokenizer)} subwords from {len(train)} pairs, saved in {output.output_dir}")
+    for text in train[0].values():
         print("  " + " | ".join(split_text(tokenizer, text)))
 
 

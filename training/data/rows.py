@@ -12,6 +12,7 @@ from vanilla_transformer import train_tokenizer
 
 from ..errors import DataError, RecipeError
 from ..saved_model import load_tokenizer
+from ..settings.arguments import TokenizerArguments
 from ..settings.recipe import Recipe
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .filters import FilterReport
@@ -35,9 +36,7 @@ def prepare_data(recipe: Recipe) -> tuple[DatasetDict, PreTrainedTokenizerBase, 
         pairs = load_pairs(recipe.data, report)
         if recipe.data.streaming:
             pairs["train"] = open_stream(recipe.data)
-        if "train" not in pairs:
-            raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
-        tokenizer = prepare_tokenizer(recipe, pairs)
+        tokenizer = prepare_tokenizer(recipe, training_split(pairs))
     before = report.numbers
     splits = [split for split in pairs if split != "test"]
     rows = {split: prepare_rows(recipe, pairs[split], tokenizer, split, report) for split in splits}
@@ -48,7 +47,19 @@ def prepare_data(recipe: Recipe) -> tuple[DatasetDict, PreTrainedTokenizerBase, 
     return pairs, tokenizer, rows
 
 
-def prepare_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
+def training_split(pairs: DatasetDict) -> Dataset | IterableDataset:
+    """
+    The training split.
+
+    Raises:
+        DataError: there is none.
+    """
+    if "train" not in pairs:
+        raise DataError("no training data: name it by train_file, or choose a dataset with a train split")
+    return pairs["train"]
+
+
+def prepare_tokenizer(recipe: Recipe, train: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
     """
     The tokenizer of the run: the one in its folder, the one that the recipe names, or a new one. The first process
     learns it, and the others load it from the folder.
@@ -57,7 +68,7 @@ def prepare_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizer
     if (folder / "recipe.yaml").exists() or (recipe.training.process_index > 0 and not check):
         return load_tokenizer(str(folder))
     named = recipe.tokenizer.tokenizer
-    tokenizer = load_tokenizer(named) if named else learn_tokenizer(recipe, pairs)
+    tokenizer = load_tokenizer(named) if named else learn_tokenizer(recipe.tokenizer, train)
     if recipe.data.bpe_dropout:
         BpeDropout(tokenizer, recipe.data.bpe_dropout)  # refuses a tokenizer of another kind, before the run begins
     if not check:
@@ -65,10 +76,14 @@ def prepare_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizer
     return tokenizer
 
 
-def learn_tokenizer(recipe: Recipe, pairs: DatasetDict) -> PreTrainedTokenizerBase:
-    """A joint vocabulary of the training split, or of the first rows of a stream."""
-    args, train = recipe.tokenizer, pairs["train"]
-    if recipe.data.streaming:
+def learn_tokenizer(args: TokenizerArguments, train: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
+    """
+    A joint vocabulary of the training split, or of the first rows of a stream.
+
+    Raises:
+        RecipeError: no such vocabulary can be learned.
+    """
+    if isinstance(train, IterableDataset):
         train = train.take(VOCABULARY_ROWS)
         logger.info("learning %d subwords from at most %d pairs", args.vocab_size, VOCABULARY_ROWS)
     else:
@@ -96,7 +111,7 @@ def prepare_rows(
         recipe.data,
         args.per_device_train_batch_tokens,
         length=args.max_steps * args.gradient_accumulation_steps,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=args.seed_of_data,
         num_processes=args.world_size,
         process_index=args.process_index,
     )
@@ -104,9 +119,7 @@ def prepare_rows(
 
 def with_bpe_dropout(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> BpeDropoutRows:
     """The training rows, cut anew in each epoch."""
-    args = recipe.training
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    anew = BpeDropoutRows(rows, tokenizer, recipe.data, seed)
+    anew = BpeDropoutRows(rows, tokenizer, recipe.data, recipe.training.seed_of_data)
     longer = 100 * (anew.growth() - 1)
     logger.info("BPE-dropout %g lengthens rows by %.0f %% on a sample", recipe.data.bpe_dropout, longer)
     return anew

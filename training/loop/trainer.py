@@ -51,10 +51,9 @@ class TranslationTrainer(StreamingTrainer):
         """Batches of a token budget, where the arguments ask for them."""
         if self.args.train_sampling_strategy != "token_budget":
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # BPE-dropout: batches by the lengths without it, so that their number is the same in each epoch.
         rows = self.train_dataset.rows if isinstance(self.train_dataset, BpeDropoutRows) else self.train_dataset
-        self._batches = self._token_budget(rows, self.args.per_device_train_batch_tokens, seed=seed)
+        self._batches = self._token_budget(rows, self.args.per_device_train_batch_tokens, seed=self.args.seed_of_data)
         return self._batches
 
     def _get_eval_sampler(self, eval_dataset):

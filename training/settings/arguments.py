@@ -274,6 +274,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         rules.check_training(self)
 
     @property
+    def seed_of_data(self) -> int:
+        """The seed of everything that is drawn from the data: the order of batches, BPE-dropout."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def deciding_metric(self) -> str:
         """The metric that chooses the best checkpoint, without the prefix `eval_`."""
         return (self.metric_for_best_model or "loss").removeprefix("eval_")

@@ -27,7 +27,7 @@ def prepare(argv: list[str], folder: Path) -> Any:
     else:
         recipe.data.test_file = None
         pairs = load_pairs(recipe.data)
-        tokenizer = learn_tokenizer(recipe, pairs)
+        tokenizer = learn_tokenizer(recipe.tokenizer, pairs["train"])
         rows = {split: tokenize_pairs(pairs[split], tokenizer, recipe.data, split) for split in pairs}
     tokenizer.save_pretrained(folder / "tokenizer")
     for split in rows:

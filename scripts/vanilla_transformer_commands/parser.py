@@ -5,9 +5,6 @@ import sys
 from typing import Any, NoReturn
 
 
-HELP_VERBOSE = "show the traceback of an error"
-
-
 class CommandParser(argparse.ArgumentParser):
     """
     An ArgumentParser that keeps the line breaks of its description, and reports errors in one line.
@@ -21,7 +18,7 @@ class CommandParser(argparse.ArgumentParser):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(**{"description": description, "formatter_class": form, **options})
         # `run_program` reads it.
-        self.add_argument("--verbose", action="store_true", help=HELP_VERBOSE)
+        self.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit status 2, without the usage that argparse prints before the message."""

@@ -164,8 +164,10 @@ class OptionParser(HfArgumentParser):
 
     def parse_args_into_dataclasses(self, args=None, **options):
         """As transformers' own. An unknown option ends in `error()`, where transformers raises a ValueError."""
-        self.parse_args(args)
-        return super().parse_args_into_dataclasses(args, **options)
+        *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
         """
@@ -173,8 +175,12 @@ class OptionParser(HfArgumentParser):
             RecipeError: always; argparse itself would end the process.
         """
         unknown = re.match(r"unrecognized arguments: --(\w+)", message)
-        likely = get_close_matches(unknown[1], self.hints, n=1) if unknown else []
-        raise RecipeError(f"{message}: did you mean --{likely[0]}?" if likely else message)
+        likely = self.likely(unknown[1]) if unknown else None
+        raise RecipeError(f"{message}: did you mean --{likely}?" if likely else message)
+
+    def likely(self, name: str) -> str | None:
+        """The field that a misspelt name probably means; None if no field is close."""
+        return next(iter(get_close_matches(name, self.hints, n=1)), None)
 
     def typed(self, name: str, value: Any) -> Any:
         """

@@ -1,7 +1,6 @@
 """Reads recipes and command lines: `[RECIPE.yaml] [--variant NAME] [--field value ...]`. Later values override."""
 
 import argparse
-import difflib
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -162,8 +161,8 @@ def read_recipe(name: str, variant: str | None, parser: OptionParser) -> dict[st
         raise RecipeError(f"{path} holds variants: choose one by --variant {'|'.join(variants)}")
     for field_name in recipe:
         if field_name not in parser.hints:
-            likely = difflib.get_close_matches(field_name, parser.hints, n=1)
-            hint = f"did you mean {likely[0]}?" if likely else "--help lists the fields"
+            likely = parser.likely(field_name)
+            hint = f"did you mean {likely}?" if likely else "--help lists the fields"
             raise RecipeError(f"{path} sets the unknown field {field_name!r}: {hint}")
     try:
         return {field_name: parser.typed(field_name, value) for field_name, value in recipe.items()}

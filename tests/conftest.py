@@ -3,14 +3,19 @@
 import gc
 import importlib.util
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration, engine_choice
+from vanilla_transformer import (
+    VanillaTransformerConfig,
+    VanillaTransformerForConditionalGeneration,
+    engine_choice,
+    engine_products,
+)
 from vanilla_transformer import engine_program as program
 from vanilla_transformer.training.machine import processor
 
@@ -55,6 +60,28 @@ def wait_for_compiler(monkeypatch) -> None:
 def packed_engine(monkeypatch, wait_for_compiler) -> None:
     """`generate()` decodes without the compiled program unless a test says `compiled=True`."""
     monkeypatch.setattr(engine_choice, "load_soon", lambda: None)
+
+
+@pytest.fixture
+def small_matrices_in_int8_too(monkeypatch) -> None:
+    """The packed engine rounds matrices with few inputs to int8 too. Tiny networks have no others."""
+    monkeypatch.setattr(engine_products, "FEW_INPUTS", 0)
+
+
+@pytest.fixture(params=["as this machine does it", "in float32"])
+def way(request, monkeypatch) -> None:
+    """Each type as this machine computes it, and as one without its instructions does."""
+    if request.param == "in float32":
+        monkeypatch.setattr(engine_products, "is_native", lambda compute_type, device: compute_type == "float32")
+
+
+@pytest.fixture
+def program_cache(monkeypatch, tmp_path) -> Iterator[Path]:
+    """An empty cache folder for the compiled program, and none loaded in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program.forget()
+    yield tmp_path / "cache" / "vanilla_transformer"
+    program.forget()
 
 
 @pytest.fixture(scope="session")

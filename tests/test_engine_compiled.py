@@ -40,15 +40,6 @@ def source(padded):
 
 
 @pytest.fixture
-def compiled_anew(monkeypatch, tmp_path):
-    """The program is compiled in this test, into an empty cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    program.forget()
-    yield tmp_path / "cache" / "vanilla_transformer"
-    program.forget()
-
-
-@pytest.fixture
 def no_other_search(monkeypatch):
     """Fails if anything but the program decodes."""
     monkeypatch.setattr(PackedTransformer, "__init__", lambda *_: pytest.fail("another search was used"))
@@ -76,7 +67,7 @@ class TestNetworks:
             pytest.skip(f"this processor does not have {name}")
         if INSTRUCTIONS[name] is not None:
             monkeypatch.setattr(program, "compiler_flags", lambda: INSTRUCTIONS[name])
-            request.getfixturevalue("compiled_anew")
+            request.getfixturevalue("program_cache")
         model = lively_model()
         # Long enough for rows that nobody descends from to be dropped.
         assert_found_as_by_transformers(model, **source, max_new_tokens=60, min_new_tokens=45)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from networks import NETWORKS
 
-from vanilla_transformer import engine_packed, engine_products
+from vanilla_transformer import engine_packed
 from vanilla_transformer.engine_packed import PackedTransformer, PositionTable
 from vanilla_transformer.engine_products import COMPUTE_TYPES
 
 
-pytestmark = pytest.mark.usefixtures("packed_engine")
+pytestmark = pytest.mark.usefixtures("packed_engine", "small_matrices_in_int8_too")
 
 
 CONFIGURATIONS = {
@@ -22,19 +22,6 @@ CONFIGURATIONS = {
 
 # Largest error of a logit, as a share of the logits' standard deviation. These models showed 2e-6, 0.11 and 0.29.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.2, "int8": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def small_matrices_in_int8_too(monkeypatch):
-    """The networks of these tests have no others."""
-    monkeypatch.setattr(engine_products, "FEW_INPUTS", 0)
-
-
-@pytest.fixture(params=["as this machine does it", "in float32"])
-def way(request, monkeypatch):
-    """Each type as this machine computes it, and as one without its instructions does."""
-    if request.param == "in float32":
-        monkeypatch.setattr(engine_products, "is_native", lambda compute_type, device: compute_type == "float32")
 
 
 @pytest.fixture(scope="session")

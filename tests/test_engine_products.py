@@ -8,26 +8,13 @@ from vanilla_transformer.engine_packed import PackedTransformer
 from vanilla_transformer.engine_products import COMPUTE_TYPES, FEW_INPUTS, is_native, pack_linear
 
 
-pytestmark = pytest.mark.usefixtures("packed_engine")
+pytestmark = pytest.mark.usefixtures("packed_engine", "small_matrices_in_int8_too")
 
 
 CPU = torch.device("cpu")
 
 
 needs_fbgemm = pytest.mark.skipif(not is_native("int8", CPU), reason="whole numbers are FBGEMM's, on x86")
-
-
-@pytest.fixture(autouse=True)
-def small_matrices_in_int8_too(monkeypatch):
-    """The networks of these tests have no others."""
-    monkeypatch.setattr(engine_products, "FEW_INPUTS", 0)
-
-
-@pytest.fixture(params=["as this machine does it", "in float32"])
-def way(request, monkeypatch):
-    """Each type as this machine computes it, and as one without its instructions does."""
-    if request.param == "in float32":
-        monkeypatch.setattr(engine_products, "is_native", lambda compute_type, device: compute_type == "float32")
 
 
 @pytest.fixture(scope="session")

@@ -32,12 +32,9 @@ def source(padded):
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    """An empty cache folder, and nothing loaded in this process."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    program.forget()
-    yield tmp_path / "cache" / "vanilla_transformer"
-    program.forget()
+def cache(program_cache):
+    """For every test of this file."""
+    return program_cache
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ arm: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# What only tests need, and .venv is better without: frameworks whose checkpoints scripts/convert_checkpoint.py reads, and
+# What only tests need, and .venv is better without: frameworks whose checkpoints `convert` reads, and
 # torchao. Each has an environment of its own, which sees the packages of .venv, so that torch is not installed twice.
 peers: .peers/joeynmt/installed .peers/eole/installed .peers/torchao/installed
 

@@ -92,9 +92,7 @@ def prepare(recipe: Recipe) -> Run:
         make_folder("output_dir", args.output_dir, RecipeError)
     set_seed(args.seed)
     if args.use_cpu and args.hold_memory and hold_memory():
-        logger.info(
-            "freed memory is kept for the next update: faster, but uses more memory (--hold_memory false: neither)"
-        )
+        logger.info("freed memory is kept: training is faster and uses more memory (--hold_memory false turns it off)")
     pairs, tokenizer, rows = prepare_data(recipe)
     model = build_model(recipe, tokenizer)
     logger.info(

@@ -8,6 +8,8 @@
 // All threads run the same functions and share the work of each loop (`Team`). Sizes in the comments: d d_model, V
 // vocabulary, W beams of a sentence, K candidates. A row is a hypothesis, or in the encoder a source token.
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -104,7 +106,7 @@ class Meeting {
 
   // Longer than threads wait for each other if each has a core, and much shorter than another process's time slice.
   void spin(int turn) const {
-    const auto end = Clock::now() + std::chrono::microseconds(50);
+    const auto end = Clock::now() + std::chrono::microseconds(200);
     do {
       for (int i = 0; i < 64; ++i)
         if (turn_.load(std::memory_order_acquire) != turn) return;
@@ -128,6 +130,23 @@ struct Team {
     if (size > 1) meeting.wait();
   }
 };
+
+// Starts a thread on another core than its creator's, whose core `creator_core()` is. Linux may start it on the same one,
+// and leave both there for a tenth of a second. macOS has no such call.
+#ifdef __linux__
+int creator_core() { return sched_getcpu(); }
+
+void leave(int core) {
+  cpu_set_t cores;
+  if (core < 0 || sched_getaffinity(0, sizeof cores, &cores)) return;
+  CPU_CLR(core, &cores);
+  if (CPU_COUNT(&cores)) sched_setaffinity(0, sizeof cores, &cores);
+}
+#else
+int creator_core() { return -1; }
+
+void leave(int) {}
+#endif
 
 // CPU time of this thread in seconds.
 double core_seconds() {
@@ -158,7 +177,9 @@ class Crew {
       if (!failed.exchange(true)) failure = std::current_exception();
       meeting.abandon();
     };
+    const int core = creator_core();
     const auto work = [&](int rank) {
+      if (rank > 0) leave(core);
       const double before = core_seconds();
       try {
         run(Team{rank, size, meeting});
@@ -187,18 +208,27 @@ class Crew {
     return limit_.load(std::memory_order_relaxed) + (Clock::now().time_since_epoch().count() > until_.load());
   }
 
-  // Threads with a core each are busy nearly all the time; waits between two parts of the work are short.
+  // Threads with a core each are busy nearly all the time; waits between two parts of the work are short. A few crowded
+  // pieces prove nothing: on idle cores too, a scheduler may leave two threads on one core for 0.3 s.
   void judge(Index size, double seconds, double worked) {
-    if (seconds < 0.25 * Seconds(kPiece).count()) return;
-    const bool crowded = size > 1 && worked < 0.75 * double(size) * seconds;
-    if (crowded || size > limit_) limit_ = std::max<Index>(1, size - crowded);
-    if (crowded) until_ = (Clock::now() + std::chrono::seconds(1)).time_since_epoch().count();
+    if (size == 1 || seconds < 0.25 * Seconds(kPiece).count()) return;
+    const bool crowded = worked < 0.75 * double(size) * seconds;
+    const int strikes = std::max(0, strikes_ + (crowded ? 1 : -1));
+    strikes_ = strikes < kStrikes ? strikes : kStrikes / 2;
+    if (strikes == 0) limit_ = std::max<Index>(limit_, size);
+    if (strikes < kStrikes) return;
+    limit_ = size - 1;
+    until_ = (Clock::now() + std::chrono::seconds(1)).time_since_epoch().count();
   }
+
+  // So many more crowded pieces than others take a thread away.
+  static constexpr int kStrikes = 16;
 
   const Index all_;
   // Shared by all searches of the process.
   static inline std::atomic<Index> limit_{std::numeric_limits<int>::max()};
   static inline std::atomic<Clock::rep> until_{0};
+  static inline std::atomic<int> strikes_{0};
 };
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def damage(folder: Path) -> None:
 
 
 REFUSED = {
-    "a folder that is not there": ({}, None, ["nowhere", "checkpoint-9"], ["nowhere", "holds no model.safetensors"]),
+    "a folder that is not there": ({}, None, ["nowhere", "checkpoint-9"], ["nowhere", "has no model.safetensors"]),
     "more than there are": ({}, None, [".", "--last", "5"], ["--last 5", "3 checkpoints"]),
     "none": ({}, None, [".", "--last", "0"], ["--last 0", "at least 1"]),
     "two runs": ({}, None, [".", ".", "--last", "2"], ["--last needs one folder"]),
@@ -241,7 +241,7 @@ def test_the_best_model_is_the_mean_that_scored_best(tiny_model, tokenizer, tmp_
 def test_a_checkpoint_of_a_run_without_a_mean_is_refused(tiny_model, tokenizer, tmp_path):
     make_trainer(tiny_model, tokenizer, tmp_path, max_steps=2).train()
     trainer = make_trainer(tiny_model, tokenizer, tmp_path, ema_decay=0.9)
-    with pytest.raises(AveragingError, match=r"ema_decay=0\.9, but .*checkpoint-2 .* holds no ema\.safetensors"):
+    with pytest.raises(AveragingError, match=r"ema_decay=0\.9, but .*checkpoint-2 .* has no ema\.safetensors"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

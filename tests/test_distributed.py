@@ -147,7 +147,7 @@ def test_the_end_of_a_run_is_an_ordinary_model(processes):
 
 @pytest.mark.parametrize("processes", ["FSDP2"], indirect=True)
 def test_a_checkpoint_of_a_sharded_model_is_resumed_by_sharded_models(processes):
-    with pytest.raises(RecipeError, match="was written with FSDP, and this run is without"):
+    with pytest.raises(RecipeError, match="was written with FSDP, but this run is without"):
         main([str(processes / "recipe.yaml"), "--resume_from_checkpoint", "last", "--max_steps", "21"])
 
 

@@ -358,6 +358,6 @@ def test_a_schedule_whose_options_fail_at_the_last_update_is_refused_at_the_firs
         {"lr_scheduler_type": "polynomial", "warmup_steps": 2},
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}},
     ):
-        with pytest.raises(RecipeError, match="lr_scheduler_type=polynomial does not go with lr_scheduler_kwargs="):
+        with pytest.raises(RecipeError, match="lr_scheduler_type=polynomial does not work with lr_scheduler_kwargs="):
             train.main(recipe_with(folder, **given))
         assert not list((folder / "run").glob("checkpoint-*"))

@@ -265,4 +265,4 @@ def test_the_command_refuses_a_bad_pair_with_the_reason(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["phrasebook", "en-xx"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "Babel knows no locale 'xx'" in capsys.readouterr().err
+    assert "'xx' is not a locale of Babel" in capsys.readouterr().err

@@ -67,7 +67,7 @@ from vanilla_transformer.training.program import run_program
 from vanilla_transformer.training.train import main
 run_program(main, argv)
 """
-# What a user runs who has the package, and one who has not.
+# The code of a user with the package, and of one without it.
 WITH_PACKAGE = "import vanilla_transformer\ntrust = {}\n"
 WITHOUT_PACKAGE = "import sys\nassert 'vanilla_transformer' not in sys.modules\ntrust = {'trust_remote_code': True}\n"
 LOAD = """
@@ -256,7 +256,7 @@ class TestPushing:
     def test_a_checkpoint_that_cannot_be_pushed_ends_no_run(self, trained, monkeypatch, caplog):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         push_checkpoint(trained / "checkpoint-100", "NAME/trained", None, "Training in progress").result()
-        assert re.search(r"checkpoint-100 was not pushed: the connection to .* The run goes on", caplog.text)
+        assert re.search(r"checkpoint-100 was not pushed: the connection to .* The run continues", caplog.text)
 
     def test_staging_leaves_the_random_numbers_and_the_classes_as_they_were(self, trained, tmp_path):
         state = torch.get_rng_state()
@@ -385,7 +385,7 @@ class TestInterruptions:
     @pytest.mark.parametrize(
         ("settings", "factor", "message"),
         [
-            ({"drop_upload": 1}, 0.7, r"error: a file did not get to .*Request has expired.* push again"),
+            ({"drop_upload": 1}, 0.7, r"error: the upload of a file to .* failed .*Request has expired.* push again"),
             ({"drop_commit": "before"}, 0.8, r"error: the connection to .* failed .* push again"),
         ],
         ids=["in the middle of a file", "in the commit"],
@@ -428,15 +428,15 @@ REFUSED = {
     "no token": (
         "NAME/new",
         None,
-        r"no token for http.*: log in by `hf auth login`, or set .* HF_TOKEN",
+        r"no token for http.*: run `hf auth login`, or set .* HF_TOKEN",
     ),
-    "a wrong token": ("NAME/new", "hf_old", r"refuses your token: log in anew"),
+    "a wrong token": ("NAME/new", "hf_old", r"refuses your token: run `hf auth login` again"),
     "the name of somebody else": (
         "OTHER/new",
         OWNER,
-        r"your token may not write to OTHER/new: take a name of your",
+        r"your token may not write to OTHER/new: use a name in your own account",
     ),
-    "no name": ("NAME/new/model", OWNER, r"'NAME/new/model' is not the name of a repository, NAME/MODEL"),
+    "no name": ("NAME/new/model", OWNER, r"'NAME/new/model' is not a valid repository name, NAME/MODEL"),
     "somebody else's repository": ("NAME/mine", OTHER, r"your token may not write to NAME/mine"),
 }
 
@@ -479,10 +479,10 @@ def edit(pattern: str, replacement: str) -> Callable[[Path], object]:
 
 WRONG = {
     "a run that has not ended": (
-        lambda run: (run / "metrics.json").unlink(), r"not the folder of a finished run: it holds no metrics\.json\.",
+        lambda run: (run / "metrics.json").unlink(), r"not the folder of a finished run: it has no metrics\.json\.",
     ),
-    "no card": (lambda run: (run / "README.md").unlink(), r"it holds no README\.md"),
-    "metrics of another kind": (write("metrics.json", "[]"), r"metrics\.json is not what a run writes"),
+    "no card": (lambda run: (run / "README.md").unlink(), r"it has no README\.md"),
+    "metrics of another kind": (write("metrics.json", "[]"), r"metrics\.json was not written by a run"),
     "metadata that is no YAML": (edit("metrics:\n", "metrics: [\n"), r"the metadata of .*README\.md cannot be read"),
     "metadata without scores": (edit("model-index:", "model:"), r"has no model-index"),
     "a better score": (edit("value: [0-9.]+", "value: 99.9"), r"bleu 99\.9 \(.*\) in model-index"),

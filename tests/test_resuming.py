@@ -182,10 +182,10 @@ def test_a_stream_that_has_changed_is_refused(begun, tmp_path):
 def test_what_may_change_is_told(run, caplog):
     caplog.set_level(logging.INFO)
     refuse_changes(parse_recipe(command(run, "--max_steps", "9", "--num_beams", "3", "--output_dir", str(run))))
-    told = [line for line in caplog.messages if line.startswith("from here on")]
+    told = [line for line in caplog.messages if line.startswith("from now on")]
     assert told == [
-        "from here on num_beams=3; the run began with 2",
-        "from here on max_steps=9; the run began with 4",
+        "from now on num_beams=3; the run began with 2",
+        "from now on max_steps=9; the run began with 4",
     ]
 
 
@@ -232,7 +232,7 @@ class TestTheModelAlone:
         assert damage(alone / "checkpoint-2") is None
         for asked in ("last", str(alone / "checkpoint-2")):
             for check in ([], ["--check"]):
-                with pytest.raises(RecipeError, match=r"checkpoint-2 holds only the model .*save_only_model.*model="):
+                with pytest.raises(RecipeError, match=r"checkpoint-2 has only the model .*save_only_model.*model="):
                     main([*command(alone), "--resume_from_checkpoint", asked, "--max_steps", "4", *check])
         assert contents(alone) == before
 

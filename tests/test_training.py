@@ -208,7 +208,7 @@ REFUSED = {
     "an unknown activation": (["--activation_function", "rely"], "activation_function='rely' is unknown"),
     "a file that is not there": (["--train_file", "none.en", "none.de"], "none.en"),
     "a tokenizer that is not there": (["--tokenizer", "./nowhere"], "tokenizer=./nowhere cannot be loaded"),
-    "no checkpoint to resume": (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
+    "no checkpoint to resume": (["--resume_from_checkpoint", "last"], "has no checkpoint"),
     "a vocabulary without room for bytes": (["--vocab_size", "100"], "vocab_size=100"),
     "more checkpoints to average than are kept": (["--average_checkpoints", "3"], "save_total_limit=2"),
     "a metric that does not exist": (["--metric_for_best_model", "blue"], "blue"),

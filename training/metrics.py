@@ -8,7 +8,7 @@ import evaluate
 import sacrebleu
 
 
-# The scores, by the names that cards and pictures give them.
+# The scores -> their titles in cards and pictures.
 TITLES = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "exact_match": "Exact match"}
 DESCRIPTION = "Corpus-level BLEU, chrF and TER by sacrebleu, and the share of predictions equal to their reference."
 CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018."
@@ -28,7 +28,7 @@ class TranslationMetrics(evaluate.Metric):
     """`TranslationMetrics().compute(predictions=[...], references=[...])` gives all scores at once."""
 
     def __init__(self):
-        # Writing a cache folder could fail after all the translating (`HF_HOME` on a read-only file system).
+        # Writing a cache folder could fail after all sentences are translated (`HF_HOME` on a read-only file system).
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
@@ -60,7 +60,7 @@ class TranslationMetrics(evaluate.Metric):
 
 
 def score_texts(predictions: list[str], references: list[str], bleu_tokenize: str) -> dict:
-    """BLEU, chrF, TER, exact match and signatures of translations against the true text."""
+    """BLEU, chrF, TER, exact match and signatures of translations, compared with the references."""
     return TranslationMetrics().compute(predictions=predictions, references=references, tokenize=bleu_tokenize)
 
 
@@ -73,5 +73,5 @@ def format_scores(scores: dict) -> str:
 
 
 def numbers(scores: dict) -> dict[str, float]:
-    """The scores themselves, without the signatures."""
+    """The scores without the signatures."""
     return {name: value for name, value in scores.items() if not isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""Which rows train together: batches bounded by their tokens, in random order (Vaswani et al., 2017, section 5.1)."""
+"""Batches of rows of similar length, limited by their number of tokens (Vaswani et al., 2017, section 5.1)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,28 +12,28 @@ from ..errors import UserError
 
 
 class BatchError(UserError):
-    """Rows that do not fit into the requested batches."""
+    """Rows that cannot be divided into the requested batches."""
 
 
-# The Trainer hands every sampler of this parent to its DataLoader as a batch sampler that knows its own process.
+# For subclasses of this sampler, the Trainer lets the sampler itself divide the batches among the processes.
 class TokenBudgetBatches(BatchRebalanceSampler):
     """
     Yields batches, as lists of row numbers, of at most `max_tokens` padded tokens on each side.
 
-    To reduce padding, rows are sorted by their longer side and, where that is equal, by the difference of the sides,
-    alternately ascending and descending; then they are cut into batches that fill the budget. Each epoch shuffles rows
-    of equal lengths, and the order of the batches (otherwise updates would go from long sentences to short ones, and a
-    small model would forget the former while it learns the latter). The sizes and the number of the batches do not
-    change, so a run can resume at any batch, and every process has the same number.
+    To reduce padding, rows are sorted by the length of their longer side. Rows with an equal longer side are sorted by
+    the difference of both sides, alternately ascending and descending. The sorted rows are cut into batches that fill
+    the budget. Each epoch shuffles rows of equal lengths, and the order of the batches: from long to short, a small
+    model would forget long sentences while it learns short ones. The number and the sizes of the batches stay the same,
+    so a run can resume at any batch, and every process has the same number of batches.
 
     Args:
         source_lengths: tokens of each row's source.
         target_lengths: tokens of each row's target.
         max_tokens: maximum tokens of a batch on each side, padding included.
-        seed: seed and epoch alone decide the order, in every process and after resuming.
+        seed: seed and epoch alone determine the order, in all processes and after resuming.
         num_processes: number of processes that share the batches.
         process_index: the process whose batches are yielded.
-        shuffle: False keeps the batches in order, the longest first, for evaluation.
+        shuffle: False yields the batches in order, the longest first, for evaluation.
 
     Raises:
         BatchError: a row is longer than the budget, or there are fewer rows than processes.
@@ -60,8 +60,8 @@ class TokenBudgetBatches(BatchRebalanceSampler):
         if longest.max() > max_tokens:
             raise BatchError(
                 f"row {longest.argmax() + 1} has {longest.max()} tokens, more than a batch may hold: raise the budget "
-                f"of {max_tokens} tokens (per_device_train_batch_tokens, per_device_eval_batch_tokens), or leave "
-                "longer rows out by max_source_length and max_target_length"
+                f"of {max_tokens} tokens (per_device_train_batch_tokens, per_device_eval_batch_tokens), or leave out "
+                "longer rows with max_source_length and max_target_length"
             )
         if len(sources) < num_processes:
             raise BatchError(f"{len(sources)} rows are too few for {num_processes} processes: add data")
@@ -93,8 +93,9 @@ class TokenBudgetBatches(BatchRebalanceSampler):
 
 def batch_sizes(lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[int]:
     """
-    The number of rows of each batch, for rows of these lengths in this order: as many as fit into `max_tokens` padded
-    tokens, but at least one. The largest batches are halved until their number is a multiple of `multiple_of`.
+    The number of rows in each batch, for rows of these lengths in this order. A batch holds as many rows as fit into
+    `max_tokens` padded tokens, and at least one. Then the largest batches are halved until the number of batches is a
+    multiple of `multiple_of`.
     """
     sizes, size, longest = [], 0, 0
     for length in lengths:

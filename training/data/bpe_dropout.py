@@ -1,11 +1,12 @@
 """BPE-dropout: splits words differently in each epoch of training (Provilkov et al., 2020, arXiv 1910.13267).
 
-A word starts as characters. In each step every possible merge is dropped with the same probability, and the remaining
-merge that was learned first is applied, until none remains. At a rate of 0.1, texts become some 30 % longer.
+A word starts as characters. In each step every possible merge is dropped with the same probability, and of the
+remaining merges the one that was learned first is applied, until none remains. At a rate of 0.1, texts become some 30 %
+longer.
 
-The dropout of the library `tokenizers` cannot be seeded, and is weaker: it retries dropped merges whenever its queue
-reaches a merge that no longer applies (texts some 15 % longer). Here seed, epoch and row decide, so resumed runs, all
-processes and all workers see the same text.
+The dropout of the library `tokenizers` cannot be seeded, and is weaker (texts some 15 % longer): it retries dropped
+merges whenever its queue reaches a merge that no longer applies. Here seed, epoch and row determine the result, so it
+is the same in resumed runs, all processes and all workers.
 """
 
 import json
@@ -28,7 +29,7 @@ WORDS = {"input_ids": "source_words", "labels": "target_words"}
 
 
 def word_lengths(encoded: BatchEncoding) -> list[list[int]]:
-    """For each text, the number of tokens of each word; tokens that the tokenizer adds around the text are a word."""
+    """For each text, the number of tokens in each word. Tokens that the tokenizer adds to a text count as a word."""
     rows = range(len(encoded["input_ids"]))
     return [[len(list(tokens)) for _, tokens in groupby(encoded.word_ids(row))] for row in rows]
 
@@ -40,8 +41,8 @@ class BpeDropout:
     At a rate of 0.1 it takes some 4 microseconds per word.
 
     Args:
-        tokenizer: a fast tokenizer with a BPE model. Tokens that no merge produces (added tokens, bytes) stay.
-        rate: probability of dropping a merge, between 0 (the tokenizer's own tokens) and 1 (characters, or bytes).
+        tokenizer: a fast tokenizer with a BPE model. Tokens without a merge (added tokens, bytes) are kept.
+        rate: probability of dropping a merge, from 0 (the tokenizer's own tokens) to 1 (characters, or bytes).
 
     Raises:
         RecipeError: the tokenizer has no merges.
@@ -54,12 +55,12 @@ class BpeDropout:
         if model["type"] != "BPE":
             raise RecipeError(
                 f"bpe_dropout={rate} needs a BPE tokenizer, but this one is of type {model['type']}: "
-                "set bpe_dropout to 0, or name another tokenizer"
+                "set bpe_dropout to 0, or use another tokenizer"
             )
         self._log_keep = math.log1p(-rate) if rate < 1 else -math.inf
         vocab, prefix = model["vocab"], len(model["continuing_subword_prefix"] or "")
         pairs = [(vocab[left], vocab[right]) for left, right in model["merges"]]
-        # By rank, the token that a merge gives; by token, the characters it is made of.
+        # For each rank the token that the merge produces; for each token the characters that it consists of.
         self._merged = [vocab[left + right[prefix:]] for left, right in model["merges"]]
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self._characters: list[tuple[int, ...]] = [(token,) for token in range(len(tokenizer))]
@@ -74,13 +75,13 @@ class BpeDropout:
         Args:
             tokens: its ids without dropout.
             words: the number of tokens of each word.
-            key: the seed, not negative.
+            key: the seed, at least 0.
 
         Returns:
             The ids of the text with dropout.
         """
         draw = random.Random(key).random
-        # One random number for each run of merges until a dropped one, instead of one for each merge.
+        # Draws the number of merges until the next dropped one, instead of a random number for each merge.
         run = self._draw_run(draw)
         cut: list[int] = []
         start = 0
@@ -96,11 +97,11 @@ class BpeDropout:
         return cut
 
     def _draw_run(self, draw: Callable[[], float]) -> float:
-        """The number of merges until the next dropped one (geometric; the fractional part does not matter)."""
+        """The number of merges until the next dropped one (geometric; the fractional part has no effect)."""
         return math.log(1 - draw()) / self._log_keep if self._log_keep else math.inf
 
     def _cut_word(self, word: list[int], run: float, draw: Callable[[], float]) -> tuple[list[int], float]:
-        """Merges the characters of a word. Keeps the first `run` merges; returns the tokens and the rest of `run`."""
+        """Merges the characters of a word; the first `run` merges are kept. Returns tokens and the rest of `run`."""
         symbols = [character for token in word for character in self._characters[token]]
         rank_of, impossible = self._ranks.get, len(self._merged)
         ranks = [rank_of(pair, impossible) for pair in pairwise(symbols)]
@@ -135,7 +136,7 @@ class BpeDropoutRows(torch.utils.data.Dataset):
         rows: the rows without dropout, with the columns of WORDS.
         tokenizer: the tokenizer of the rows.
         data: has the rate and the maximum lengths.
-        seed: decides, with the epoch and the row's number, what is dropped.
+        seed: with the epoch and the row's number, determines which merges are dropped.
 
     Raises:
         RecipeError: the tokenizer has no merges.
@@ -146,7 +147,7 @@ class BpeDropoutRows(torch.utils.data.Dataset):
         self._cut = BpeDropout(tokenizer, data.bpe_dropout)
         self._longest = {"input_ids": data.max_source_length, "labels": data.max_target_length}
         self._seed = seed
-        # In shared memory, since persistent workers were started in an earlier epoch.
+        # In shared memory, so that persistent workers of earlier epochs see changes.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -160,13 +161,13 @@ class BpeDropoutRows(torch.utils.data.Dataset):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, list[int]]]:
-        """A batch of rows, as a DataLoader asks for them."""
+        """A batch of rows; a DataLoader calls this."""
         columns = self.rows[numbers]
         sides = {side: self._cut_side(columns, side, numbers) for side in WORDS}
         return [dict(zip(sides, row, strict=True)) for row in zip(*sides.values(), strict=True)]
 
     def _cut_side(self, columns: dict[str, list], side: str, numbers: list[int]) -> list[list[int]]:
-        # One number of four: seed, epoch (32 bits), row and side (64 bits).
+        # One number from seed, epoch (32 bits), and row and side (64 bits).
         first_key = (self._seed << 32 | int(self._epoch)) << 64 | (side == "labels")
         cut = []
         for number, tokens, words in zip(numbers, columns[side], columns[WORDS[side]], strict=True):
@@ -175,7 +176,7 @@ class BpeDropoutRows(torch.utils.data.Dataset):
         return cut
 
     def growth(self, sample: int = 1000) -> float:
-        """The factor by which rows become longer, on a sample from all over the data."""
+        """The factor by which rows become longer, estimated from a sample spread over the data."""
         numbers = list(range(0, len(self), max(1, len(self) // sample)))
         before = self.rows[numbers]
         after = self.__getitems__(numbers)

@@ -1,14 +1,14 @@
-"""A phrasebook in any two languages: the package's embedded data set, with nothing to download.
+"""A phrasebook in any two languages: a data set that the package generates, without a download.
 
 Source: the Unicode CLDR (https://cldr.unicode.org, Unicode License v3) as shipped with Babel (https://babel.pocoo.org).
-One abstract item, say the day 2023-03-07 in its long form, is worded in both locales: "March 7, 2023" / "7. März 2023".
-Nine kinds in equal shares: date, time, datetime, span, money, measure, number, countries, languages.
+One abstract item, such as the day 2023-03-07 in its long form, is written in both locales: "March 7, 2023" / "7. März
+2023". There are nine kinds in equal shares: date, time, datetime, span, money, measure, number, countries, languages.
 
-What is asked can be answered: a target is always a function of its source. Years stay within one century for the sake
-of two-digit years, both locales show the same fields and decimals, and where a source wording serves two forms ("May 7,
-2023" is long and medium in English) it belongs to the fuller one. No phrase occurs twice, on either side, in any split.
+The target is always determined by the source. Years lie within one century, so that two digits identify them. Both
+locales show the same fields and decimals. A source text that two forms share ("May 7, 2023" is long and medium in
+English) belongs to the fuller form. No source and no target occurs twice, over all splits.
 
-Look at it:  python -m vanilla_transformer.training.data.phrasebook en-de
+Print some phrases:  python -m vanilla_transformer.training.data.phrasebook en-de
 """
 
 import argparse
@@ -34,16 +34,16 @@ from babel.units import format_unit
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-# The end of the book: beyond it the kinds with few items are used up and lists would fill the rest.
+# The maximum size. Beyond it kinds with few items are used up, and lists would fill the rest.
 MOST_PHRASES = 200_000
-# A kind that gives nothing new in so many draws is used up.
+# A kind counts as used up after this many draws without a new phrase.
 PATIENCE = 1_000
 
-# Any hundred years make two digits tell the year; these surround the present.
+# Within a hundred years two digits identify the year; these surround the present.
 FIRST_MOMENT = datetime(1950, 1, 1)
 SECONDS = int((datetime(2050, 1, 1) - FIRST_MOMENT).total_seconds())
 
-# In every tuple of forms the fuller form stands first.
+# In every tuple of forms the fuller forms come first.
 CALENDAR_FORMS = {
     "date": ("full", "long", "medium", "short", "yMMMM", "yMMM", "MMMMd", "MMMd"),
     "time": ("medium", "short"),
@@ -60,7 +60,7 @@ UNITS = (
     *("mass-gram", "mass-kilogram", "volume-liter", "volume-milliliter", "area-square-meter"),
     *("temperature-celsius", "energy-kilowatt-hour", "power-watt", "digital-gigabyte"),
 )
-# No name that itself holds an "and": in a list it would read as two.
+# Without names that contain an "and": in a list one would read as two.
 TERRITORIES = """
     AF AL AM AO AR AT AU AZ BD BE BG BO BR BY CA CH CL CM CN CO CR CU CY CZ DE DK DO DZ EC EE EG ES ET FI FR GB GE
     GH GR GT HR HU ID IE IL IN IQ IR IS IT JM JO JP KE KH KR KZ LA LB LK LT LU LV LY MA MD ME MG ML MM MN MT MX MY MZ
@@ -74,7 +74,7 @@ LANGUAGES = """
 
 
 class Phrase(NamedTuple):
-    """One line of the book."""
+    """One phrase, with its kind."""
 
     kind: str
     source: str
@@ -83,12 +83,12 @@ class Phrase(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """What can be meant, and how a locale words it.
+    """A kind of phrases: how items are drawn, and how a locale writes them.
 
     Attributes:
-        forms: the ways to word an item, the fuller first: it owns a source wording that two forms share.
-        draw: gives the next item to be worded.
-        word: (locale, form, item) -> text, or None where the locale has no words for it.
+        forms: the ways to write an item, the fullest first. A source text that two forms share belongs to the fuller.
+        draw: draws the next item.
+        word: (locale, form, item) -> text, or None if the locale cannot write it.
     """
 
     forms: tuple[Hashable, ...]
@@ -96,16 +96,16 @@ class Kind:
     word: Callable[[Locale, Any, Any], str | None]
 
     def translate(self, form: Hashable, item: Any, source: Locale, target: Locale) -> tuple[str, str] | None:
-        """Words `item` in both locales; None where one has no words or a fuller form owns the source wording."""
-        asked, answer = self.typed(source, form, item), self.typed(target, form, item)
+        """Writes `item` in both locales; None if one cannot, or if a fuller form has the same source text."""
+        texts = self.typed(source, form, item), self.typed(target, form, item)
         fuller = self.forms[: self.forms.index(form)]
-        if not asked or not answer or any(self.typed(source, other, item) == asked for other in fuller):
+        if not all(texts) or any(self.typed(source, other, item) == texts[0] for other in fuller):
             return None
-        return asked, answer
+        return texts
 
     def typed(self, locale: Locale, form: Hashable, item: Any) -> str:
-        """The words with plain spaces; "" where there are none."""
-        # CLDR's no-break spaces are not what people type, and a tokenizer that normalises by NFKC would lose them.
+        """The text with plain spaces; "" if the locale cannot write the item."""
+        # People do not type CLDR's no-break spaces, and NFKC normalisation in a tokenizer would replace them.
         text = self.word(locale, form, item) or ""
         return text.replace("\u00a0", " ").replace("\u202f", " ")
 
@@ -123,9 +123,9 @@ def _pattern(locale: Locale, name: str, form: Any) -> str | None:
 
 
 def _fields(pattern: str | None) -> set[str]:
-    """What a pattern shows, in letters of UTS #35: year y, month M, day d, weekday E, hour H, minute m, second s."""
+    """The fields of a pattern, as letters of UTS #35: year y, month M, day d, weekday E, hour H, minute m, second s."""
     letters = set(re.findall("[a-zA-Z]", re.sub("'[^']*'", "", pattern or "")))
-    # Twelve hours say as much as twenty-four if the half of the day is told too.
+    # A 12-hour clock equals a 24-hour clock if the pattern also shows a.m. or p.m.
     if "h" in letters and letters & set("abB"):
         letters = letters - {"h"} | {"H"}
     return {{"L": "M", "c": "E", "e": "E", "k": "H"}.get(letter, letter) for letter in letters - set("abBG")}
@@ -147,14 +147,14 @@ def _draw_moment(rng: random.Random) -> datetime:
 
 
 def _draw_digits(rng: random.Random, most: int = 3) -> int:
-    """A positive number of up to `most` digits, every length as likely: small numbers carry the plural rules."""
+    """A positive number of up to `most` digits. All lengths are equally likely: plural rules need small numbers."""
     return rng.randrange(1, 10 ** rng.randint(1, most))
 
 
 def _word_span(locale: Locale, form: tuple[int, Any], span: tuple[Any, int]) -> str | None:
     (direction, length), (unit, count) = form, span
     seconds = (direction or 1) * count * SPAN_SECONDS[unit]
-    # An endless threshold keeps the unit as drawn, so nothing is rounded.
+    # An infinite threshold keeps the drawn unit, so nothing is rounded.
     try:
         return format_timedelta(seconds, unit, math.inf, add_direction=direction != 0, format=length, locale=locale)
     except KeyError:  # Babel's data lacks some relative patterns, e.g. the short "in {0} months" in German
@@ -170,27 +170,27 @@ def _word_money(locale: Locale, form: Any, money: tuple[str, int]) -> str:
 def _word_measure(locale: Locale, form: Any, measure: tuple[str, Decimal]) -> str | None:
     unit, amount = measure
     text = format_unit(amount, unit, form, locale=locale)
-    # Babel writes the unit's identifier where the locale has no pattern.
+    # Babel writes the unit's identifier if the locale has no pattern.
     return None if unit in text else text
 
 
 def _money_sign(locale: Locale, form: Any, currency: str) -> str:
-    """What is left of an amount without its number: "$" or " US dollars"."""
+    """An amount without its number: "$" or " US dollars"."""
     return re.sub("[0-9.,]", "", _word_money(locale, form, (currency, 500)))
 
 
 def _draw_measured(rng: random.Random) -> Decimal:
-    # Never 1.0: it is shown as "1" but takes the plural of "1.0", which a reader of "1" cannot know.
+    # Never 1.0: it is written "1", but with the plural of "1.0".
     tenths = rng.choice((0, rng.randint(1, 9)))
     return Decimal(_draw_digits(rng, 4)) + (Decimal(tenths) / 10 if tenths else 0)
 
 
 def _unclear_units(locale: Locale) -> set[str]:
-    """Units that share a wording with another: with little translated, CLDR writes "1 m" for a metre and a month."""
+    """Units written like another unit: in locales with few translations, CLDR writes "1 m" for a metre and a month."""
     owners = defaultdict(set)
     spans, measures = Kind(SPAN_FORMS, _draw_digits, _word_span), Kind(MEASURE_FORMS, _draw_digits, _word_measure)
     for kind, units in ((spans, SPAN_SECONDS), (measures, UNITS)):
-        # Twelve counts reach every plural form but the rarest.
+        # These counts use all plural forms but the rarest.
         for form, unit, count in product(kind.forms, units, range(1, 13)):
             owners[kind.typed(locale, form, (unit, count))].add(unit)
     return set().union(*(units for text, units in owners.items() if text and len(units) > 1))
@@ -199,7 +199,7 @@ def _unclear_units(locale: Locale) -> set[str]:
 def _quantity_kind(
     forms: tuple[Hashable, ...], units: Sequence[str], draw_amount: Callable[[random.Random], Any], word: Callable
 ) -> Kind:
-    """So much of something: items (unit, amount)."""
+    """A kind whose items are (unit, amount)."""
     return Kind(forms if units else (), lambda rng: (rng.choice(units), draw_amount(rng)), word)
 
 
@@ -209,8 +209,8 @@ def _word_number(locale: Locale, form: str, number: Decimal) -> str:
     return format_decimal(number, locale=locale)
 
 
-def _told_apart(items: Iterable[Any], names: Iterable[Callable[[Any], str | None]]) -> list[Any]:
-    """The items that have a name, and one to themselves, by every naming."""
+def _uniquely_named(items: Iterable[Any], names: Iterable[Callable[[Any], str | None]]) -> list[Any]:
+    """The items for which each function of `names` gives a name that no other item has."""
     kept = list(items)
     for name in names:
         counts = Counter(map(name, kept))
@@ -236,13 +236,13 @@ def _list_kind(names: list[tuple[str, str]]) -> Kind:
 
 
 def _kinds(source: Locale, target: Locale) -> dict[str, Kind]:
-    """The table of kinds that both locales can word."""
+    """The kinds that both locales can write, by name."""
     both = (source, target)
-    # Countries and languages together: Thai writes Thailand and the Thai language alike.
+    # Names must be unique over both: in Thai, the country Thailand and the Thai language have the same name.
     codes = {"territories": TERRITORIES, "languages": LANGUAGES}
     named = [(field, code) for field, listed in codes.items() for code in listed.split()]
-    names = _told_apart(named, [partial(_name, locale) for locale in both])
-    currencies = _told_apart(
+    names = _uniquely_named(named, [partial(_name, locale) for locale in both])
+    currencies = _uniquely_named(
         CURRENCIES.split(), [partial(_money_sign, locale, form) for locale in both for form in MONEY_FORMS]
     )
     unclear = _unclear_units(source)
@@ -260,19 +260,19 @@ def _kinds(source: Locale, target: Locale) -> dict[str, Kind]:
 
 
 def _write(source: Locale, target: Locale, rng: random.Random, most: int) -> list[Phrase]:
-    """Up to `most` phrases in random order, an equal share of each kind until a kind is used up."""
+    """Up to `most` phrases in random order, with equal shares of all kinds until a kind is used up."""
     phrases: list[Phrase] = []
-    asked: set[str] = set()
-    answered: set[str] = set()
+    sources: set[str] = set()
+    targets: set[str] = set()
     kinds = _kinds(source, target)
     while kinds and len(phrases) < most:
         for name, kind in list(kinds.items()):
-            pair = _next_pair(kind, source, target, rng, asked, answered)
+            pair = _next_pair(kind, source, target, rng, sources, targets)
             if pair is None:
                 del kinds[name]
                 continue
-            asked.add(pair[0])
-            answered.add(pair[1])
+            sources.add(pair[0])
+            targets.add(pair[1])
             phrases.append(Phrase(name, *pair))
     del phrases[most:]
     rng.shuffle(phrases)
@@ -280,28 +280,28 @@ def _write(source: Locale, target: Locale, rng: random.Random, most: int) -> lis
 
 
 def _next_pair(
-    kind: Kind, source: Locale, target: Locale, rng: random.Random, asked: set[str], answered: set[str]
+    kind: Kind, source: Locale, target: Locale, rng: random.Random, sources: set[str], targets: set[str]
 ) -> tuple[str, str] | None:
-    """A pair with neither side seen before; None once the kind seems used up."""
+    """A pair whose source and target are both new; None if the kind seems used up."""
     for _ in range(PATIENCE):
         pair = kind.translate(rng.choice(kind.forms), kind.draw(rng), source, target)
-        if pair and pair[0] not in asked and pair[1] not in answered:
+        if pair and pair[0] not in sources and pair[1] not in targets:
             return pair
     return None
 
 
 def parse_pair(pair: str) -> tuple[Locale, Locale]:
-    """The two locales of "SOURCE-TARGET", e.g. "en-de" or "pt_BR-ja"; ValueError for anything else."""
+    """The two locales of "SOURCE-TARGET", e.g. "en-de" or "pt_BR-ja". Raises ValueError for anything else."""
     advice = "write two different CLDR locales as SOURCE-TARGET, e.g. 'en-de' or 'pt_BR-ja'"
     codes = pair.split("-")
     if len(codes) != 2:
-        raise ValueError(f"phrasebook pair {pair!r}: {len(codes)} locale(s) between hyphens; {advice}")
+        raise ValueError(f"phrasebook pair {pair!r} has {len(codes)} parts between hyphens, not two; {advice}")
     locales = []
     for code in codes:
         try:
             locales.append(Locale.parse(code))
         except (ValueError, UnknownLocaleError) as error:
-            raise ValueError(f"phrasebook pair {pair!r}: Babel knows no locale {code!r}; {advice}") from error
+            raise ValueError(f"phrasebook pair {pair!r}: {code!r} is not a locale of Babel; {advice}") from error
     if locales[0] == locales[1]:
         raise ValueError(f"phrasebook pair {pair!r}: both sides are the locale '{locales[0]}'; {advice}")
     return locales[0], locales[1]
@@ -331,30 +331,30 @@ def load_phrasebook(
     validation_size: int = 500,
     test_size: int = 500,
 ) -> "DatasetDict":
-    """Writes the phrasebook of a locale pair.
+    """Generates the phrasebook of a locale pair.
 
-    The defaults give each kind some 5,500 training phrases, so every name occurs a hundred times; it takes four
-    seconds to write.
+    With the default sizes each kind has some 5,500 training phrases, and every name occurs about a hundred times. This
+    takes four seconds.
 
     Args:
         pair: SOURCE-TARGET, each a CLDR locale as Babel writes it ("en", "pt_BR", "sr_Latn").
-        seed: another seed draws other phrases. Same pair, seed, sizes and Babel: same data, on any machine.
-        train_size, validation_size, test_size: phrases per split.
+        seed: of the draws. The same pair, seed, sizes and version of Babel give the same data on any machine.
+        train_size, validation_size, test_size: number of phrases in each split.
 
     Returns:
         Splits `train`, `validation` and `test` with the string columns `source`, `target` and `kind`. No source and no
-        target occurs twice in the three together: combinations are held out, never single words.
+        target occurs twice in the three together. Phrases of the held-out splits are new combinations of known words.
 
     Raises:
-        ValueError: the pair is malformed, unknown to Babel or one locale twice; a size is below 1; or the sizes ask for
-            more distinct phrases than there are.
+        ValueError: the pair is not two different locales of Babel, a size is below 1, or there are fewer distinct
+            phrases than the sizes ask for.
     """
     from datasets import Dataset, DatasetDict
 
     source, target = parse_pair(pair)
     sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     total = _check_sizes(sizes)
-    # A string seeds alike in every process; the pair stays out of it, so all pairs talk about the same things.
+    # A string gives the same seed in every process. It is the same for all pairs, so they have the same items.
     phrases = _write(source, target, random.Random(f"phrasebook {seed}"), total)
     if len(phrases) < total:
         raise ValueError(f"{_sum_of(sizes)}: {pair!r} holds only {len(phrases)} distinct phrases; ask for fewer")

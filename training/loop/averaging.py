@@ -1,4 +1,4 @@
-"""Means of weights: of a run's last checkpoints (Vaswani et al., 2017, section 6.1), or of all its updates (EMA)."""
+"""Averages weights over a run's last checkpoints (Vaswani et al., 2017, section 6.1) or over all updates (EMA)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class AveragingError(UserError):
 
 
 def last_checkpoints(folder: str | Path, count: int) -> list[Path]:
-    """The last `count` checkpoints in a run's folder, the oldest first; all of them if the run was too short."""
+    """The last `count` checkpoints in a run's folder, the oldest first; all of them if there are fewer."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
     # A name without a number belongs to a checkpoint that is still being written.
     return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]))[-count:]
@@ -31,11 +31,11 @@ def last_checkpoints(folder: str | Path, count: int) -> list[Path]:
 
 def load_average(model: PreTrainedModel, checkpoints: Sequence[Path]) -> None:
     """
-    Replaces the weights of `model` by the mean of the checkpoints' weights. It sums in float64, one tensor at a time,
-    so its memory does not grow with the number of checkpoints.
+    Replaces the weights of `model` with the mean of the checkpoints' weights. It sums in float64, one tensor at a time,
+    to keep memory low.
 
     Args:
-        model: a model of the checkpoints' architecture; its dtypes stay.
+        model: a model of the checkpoints' architecture. It keeps its dtypes.
         checkpoints: folders of saved models.
 
     Raises:
@@ -55,7 +55,7 @@ def refuse_different(checkpoints: Sequence[Path]) -> None:
     Compares the checkpoints without reading their weights.
 
     Raises:
-        AveragingError: a folder is not a checkpoint, is damaged, or holds another model than the first.
+        AveragingError: a folder is not a checkpoint, is damaged, or has a different model than the first.
     """
     kinds = [_kind(path) for path in checkpoints]
     for path, kind in zip(checkpoints, kinds, strict=True):
@@ -63,13 +63,13 @@ def refuse_different(checkpoints: Sequence[Path]) -> None:
             first, other = kinds[0].get(name, "absent"), kind.get(name, "absent")
             if first != other:
                 raise AveragingError(
-                    f"{checkpoints[0]} and {path} are from different models: {name} is {first} in the one and {other} "
-                    "in the other"
+                    f"{checkpoints[0]} and {path} are from different models: {name} is {first} in the first and "
+                    f"{other} in the second"
                 )
 
 
 def _kind(checkpoint: Path) -> dict[str, Any]:
-    """The fields of the configuration and the shapes of the tensors, which all checkpoints of a model share."""
+    """The configuration and the shapes of the tensors. They are the same in all checkpoints of a run."""
     with _open(checkpoint) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
     try:
@@ -84,21 +84,21 @@ def _open(checkpoint: Path) -> safe_open:
     try:
         return safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt")
     except FileNotFoundError:
-        raise AveragingError(f"{checkpoint} is not a checkpoint: it holds no {SAFE_WEIGHTS_NAME}") from None
+        raise AveragingError(f"{checkpoint} is not a checkpoint: it has no {SAFE_WEIGHTS_NAME}") from None
     except SafetensorError as error:
         raise AveragingError(f"{checkpoint / SAFE_WEIGHTS_NAME} is damaged: {error}") from error
 
 
 class ExponentialMean(TrainerCallback):
     """
-    The exponential moving average of the weights: after update t, the weights after update s count in proportion to
-    decay^(t - s). The factors sum to 1 from the first update on, like those of bias-corrected Adam (Kingma & Ba, 2015,
-    section 3), so the random initial weights never count.
+    The exponential moving average of the weights: after update t, the weights of update s have a factor proportional to
+    decay^(t - s). The factors sum to 1 from the first update on, as in bias-corrected Adam (Kingma & Ba, 2015, section
+    3), so the random initial weights have no influence.
 
-    When training ends, the model gets the mean.
+    At the end of training the model gets the mean as its weights.
 
     Args:
-        decay: between 0 and 1; the mean reaches back some 1 / (1 - decay) updates.
+        decay: between 0 and 1. The mean covers the last 1 / (1 - decay) updates or so.
     """
 
     def __init__(self, decay: float):
@@ -106,28 +106,28 @@ class ExponentialMean(TrainerCallback):
         self.mean: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Collects the trained weights, each shared one once."""
+        """Collects the trained weights; a shared weight is listed once."""
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        # A run that resumes has loaded its mean by now.
+        # A resumed run has already loaded its mean.
         start = self.mean or self.weights
         self.mean = {name: start[name].detach().to(weight.device, copy=True) for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         """Moves the mean towards the new weights."""
-        # 1 / (1 + decay + ... + decay^(t - 1)): the part that update t has in the mean.
+        # 1 / (1 + decay + ... + decay^(t - 1)): the factor of update t in the mean.
         part = (1 - self.decay) / (1 - self.decay**state.global_step)
         torch._foreach_lerp_(list(self.mean.values()), list(self.weights.values()), part)
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, **kwargs):
-        """Replaces the weights by the mean."""
+        """Replaces the weights with the mean."""
         for name, weight in self.weights.items():
             weight.copy_(self.mean[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside the `with`, the model has the mean as its weights. Afterwards its own are restored bit for bit."""
+        """Inside the `with`, the model has the mean as its weights. Afterwards its own weights are restored exactly."""
         self._swap()
         try:
             yield
@@ -142,20 +142,20 @@ class ExponentialMean(TrainerCallback):
             self.mean[name].copy_(kept)
 
     def save(self, checkpoint: str) -> None:
-        """Writes the mean into a checkpoint's folder."""
+        """Writes the mean to a checkpoint's folder."""
         save_file(self.mean, Path(checkpoint, EMA_NAME), metadata={"format": "pt"})
 
     def load(self, checkpoint: str) -> None:
         """
-        Reads the mean of a checkpoint.
+        Reads the mean from a checkpoint.
 
         Raises:
-            AveragingError: the checkpoint holds no mean.
+            AveragingError: the checkpoint has no mean.
         """
         path = Path(checkpoint, EMA_NAME)
         if not path.exists():
             raise AveragingError(
-                f"ema_decay={self.decay}, but {checkpoint} is from a run without it and holds no {EMA_NAME}: leave "
+                f"ema_decay={self.decay}, but {checkpoint} is from a run without it and has no {EMA_NAME}: leave "
                 "ema_decay out, or start a new run"
             )
         self.mean = load_file(path)

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: minutes in the log, early stopping, and the recipe in the run's folder."""
+"""Callbacks of the Trainer: they log the minutes, stop early, and write the recipe to the run's folder."""
 
 import time
 from pathlib import Path
@@ -36,13 +36,13 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class RecipeWriter(TrainerCallback):
-    """Writes recipe.yaml, which marks a run's folder, after all checks and before the first update."""
+    """Writes recipe.yaml after all checks and before the first update. The file marks the folder of a run."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Writes the file: any checkpoint has been loaded by now, and the first update follows."""
+        """Writes the file. Any checkpoint has been loaded before this event, and the first update follows."""
         if state.is_world_process_zero:
             write_beside(Path(args.output_dir, "recipe.yaml"), lasting(self.recipe.given))
 

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: they are complete or missing. Also cleans up a run's folder after a crash.
+"""Writes checkpoints atomically: each is complete or missing. Also cleans up a run's folder after a crash.
 
 All processes write a checkpoint into `tmp-checkpoint-N` in the run's folder. The manifest, with size and checksum of
 each file, is written last; when everything is on the disk, the folder is renamed to `checkpoint-N`. A checkpoint saved
@@ -177,7 +177,7 @@ def writing(run: str, what: str, size: int) -> Iterator[None]:
         shutil.rmtree(Path(run, UNFINISHED + what), ignore_errors=True)
         free = shutil.disk_usage(run).free
         raise CheckpointError(
-            f"{what} could not be written into {run}: {str(error).splitlines()[0]}. It takes about {size / 1e6:,.0f} "
-            f"MB, and {free / 1e6:,.0f} MB are free there. Earlier checkpoints are intact: make room, then resume by "
+            f"{what} could not be written to {run}: {str(error).splitlines()[0]}. It takes about {size / 1e6:,.0f} "
+            f"MB, and {free / 1e6:,.0f} MB are free there. Earlier checkpoints are intact: make room, then resume with "
             "--resume_from_checkpoint last"
         ) from error

@@ -20,11 +20,11 @@ CHUNK = 64
 
 def symmetric_divergence(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    (KL(P_1 || P_2) + KL(P_2 || P_1)) / 2 in nats, summed over target tokens. It supports first derivatives only.
+    (KL(P_1 || P_2) + KL(P_2 || P_1)) / 2 in nats, summed over target tokens. Only first derivatives are supported.
 
     Args:
         logits: both passes, concatenated, `[2 B, T, V]`.
-        labels: `[B, T]`; positions with -100 do not count.
+        labels: `[B, T]`; positions with -100 are ignored.
 
     Returns:
         A scalar in float32 or wider: half precision would lose the small differences that are summed.

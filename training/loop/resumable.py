@@ -1,4 +1,4 @@
-"""The part of the Trainer that saves checkpoints and resumes from them, so that a run repeats to the bit."""
+"""The part of the Trainer that saves checkpoints and resumes from them with bit-identical results."""
 
 import json
 import logging
@@ -31,20 +31,20 @@ class DivergenceError(UserError):
 
 class ResumableTrainer(Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` with atomic checkpoints, from which a run continues as if it had never stopped: on a CPU, with the
+    `Seq2SeqTrainer` with atomic checkpoints. A resumed run continues as if it had never stopped: on a CPU, with the
     same number of processes, weights, optimizer and log are bit-identical.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        #: The data of each split, in words (`resuming.fingerprint`): a run can only resume with the same data.
+        #: Identifies the data of each split (`resuming.fingerprint`): a run can only resume with the same data.
         self.data: dict[str, str] = {}
         self.bookkeeping = Bookkeeping(self)
         self.add_callback(self.bookkeeping)
 
     def train(self, *args, **kwargs):
         """
-        Trains; SIGTERM or SIGINT saves a checkpoint at the end of the running update, and of its evaluation.
+        Trains. SIGTERM or SIGINT saves a checkpoint at the end of the current update and its evaluation, and stops.
 
         Raises:
             SystemExit: with status 143 or 130, after such a signal.
@@ -59,7 +59,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         return output
 
     def _init_training_state(self, max_steps, updates_per_epoch, epochs, resume_from_checkpoint, trial):
-        """Logs, evaluates and saves as this call's arguments say. The stock loop follows those of the checkpoint."""
+        """Takes the intervals of logging, evaluating and saving from the arguments, not from the checkpoint."""
         begin = super()._init_training_state(max_steps, updates_per_epoch, epochs, resume_from_checkpoint, trial)
         self.state.compute_steps(self.args, max_steps)
         self._find_best_checkpoint()
@@ -74,7 +74,7 @@ class ResumableTrainer(Seq2SeqTrainer):
             self.state.best_model_checkpoint = str(best)
 
     def _load_progress(self) -> None:
-        """Loads what the stock loop does not restore: the loss since the last log, and the total loss and time."""
+        """Loads what the stock loop does not restore: the loss since the last log, the total loss and the time."""
         self._began = time.time()
         path = Path(self._resumed_from or "", f"progress_{self.args.process_index}.json")
         # With more processes than before, this one may have no file.
@@ -108,7 +108,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         return super()._finalize_training(trial, num_train_samples, self._began)
 
     def _refuse_divergence(self) -> None:
-        """Ends a run that has diverged. The stock loop would log a loss of 0, go on, and delete good checkpoints."""
+        """Ends a run that has diverged. The stock loop would log a loss of 0, continue, and delete good checkpoints."""
         largest = nn.utils.get_total_norm(self.model.parameters(), norm_type=math.inf)
         if isinstance(largest, DTensor):
             largest = largest.full_tensor()
@@ -117,12 +117,12 @@ class ResumableTrainer(Seq2SeqTrainer):
         args, saved = self.args, newest_checkpoint(Path(self.args.output_dir))
         raise DivergenceError(
             f"{args.output_dir}: the run has diverged: after update {self.state.global_step} the weights contain "
-            f"NaN or infinity (newest checkpoint: {saved.name if saved else 'none'}). Begin anew with less than "
+            f"NaN or infinity (newest checkpoint: {saved.name if saved else 'none'}). Start a new run with less than "
             f"learning_rate={args.learning_rate:g}, more than warmup_steps={args.warmup_steps:g}, or max_grad_norm=1"
         )
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        """Stops after a signal, with a checkpoint, or if the run has diverged, without one."""
+        """Stops after a signal, with a checkpoint. Also stops if the run has diverged, without a checkpoint."""
         if self.control.should_log or self.control.should_evaluate:
             self._refuse_divergence()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
@@ -134,7 +134,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             name = signal.Signals(number).name
             logger.warning(
-                "%s: stopped after update %d, which is saved in %s: continue by the same command and "
+                "%s: stopped after update %d, which is saved in %s: continue with the same command and "
                 "--resume_from_checkpoint last", name, self.state.global_step, self.args.output_dir,
             )  # fmt: skip
         raise SystemExit(128 + number)
@@ -146,9 +146,10 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, model, trial, kind: str = "checkpoint") -> None:
         """
-        Writes all of a checkpoint before it gets its name, and deletes older ones after that.
+        Writes a checkpoint, renames it when it is complete, then deletes older ones.
 
-        At an epoch's last update it waits for the epoch's end: a run that resumed from here would skip its evaluation.
+        At an epoch's last update this waits until the epoch has ended; a run resumed before that would skip the epoch's
+        evaluation.
         """
         if self._epoch_is_ending():
             self.bookkeeping.save_is_due = True
@@ -171,7 +172,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         self._saved_at = self.state.global_step
 
     def _write_checkpoint(self, folder: Path, kind: str) -> None:
-        """Writes what the stock method writes, with the same methods, and the progress."""
+        """Writes the same files as the stock method, by the same methods, and the progress."""
         self.store_flos()
         self.save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
@@ -191,10 +192,10 @@ class ResumableTrainer(Seq2SeqTrainer):
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _remove_older(self) -> None:
-        """Deletes the oldest checkpoints over `save_total_limit`, but neither the best nor the newest."""
+        """Deletes the oldest checkpoints over `save_total_limit`. The best and the newest are kept."""
         for interrupted in Path(self.args.output_dir).glob("interrupted-*"):
             shutil.rmtree(interrupted, ignore_errors=True)
-        # Oldest by time: beside a run that resumed from an older checkpoint, there may be names with higher numbers.
+        # Oldest by time, since a run that resumed from an older checkpoint may find checkpoints with higher numbers.
         best = self.state.best_model_checkpoint
         rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, best, use_mtime=True)
 
@@ -215,12 +216,12 @@ class ResumableTrainer(Seq2SeqTrainer):
             self._refuse_divergence()
         size = sum(parameter.nbytes for parameter in self.model.parameters())
         with nullcontext() if _internal_call else writing(output_dir or self.args.output_dir, "the model", size):
-            # An internal call, since otherwise the stock method would push before the run has its scores and card.
+            # An internal call, because otherwise the stock method would push before scores and card are written.
             super().save_model(output_dir, _internal_call=True)
 
 
 class Bookkeeping(TrainerCallback):
-    """Passes events to the Trainer that its loop sends only to callbacks."""
+    """Reports to the Trainer the events that its loop sends only to callbacks."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
@@ -228,15 +229,15 @@ class Bookkeeping(TrainerCallback):
         self.save_is_due = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Restores the progress: the loop has just reset its sums of losses to 0."""
+        """Restores the progress, since the loop has just reset its sums of losses to 0."""
         self.trainer._load_progress()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """The epoch begins."""
+        """Records that an epoch has begun."""
         self.epoch_ended = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The epoch's evaluation follows, then any checkpoint that was waiting for it."""
+        """Records that the epoch has ended. Its evaluation follows, then a checkpoint that waited for it."""
         self.epoch_ended = True
         control.should_save = control.should_save or self.save_is_due
         self.save_is_due = False

@@ -2,7 +2,7 @@
 
 A checkpoint restores the optimizer with its learning rate, the schedule, the position in the data and the best score:
 new settings for them would be ignored, or make scores incomparable. So the recipe is compared, field by field, with the
-one in the run's folder. The data is compared by its content, since files may have moved.
+one in the run's folder. Data is compared by its content, since files may have moved.
 """
 
 import logging
@@ -52,7 +52,7 @@ def refuse_changes(recipe: Recipe) -> None:
     Compares a recipe with the recipe.yaml of the run that it resumes, if there is one.
 
     Raises:
-        RecipeError: a field differs that must not change.
+        RecipeError: a field that must not change is different.
     """
     path = recipe_of_run(recipe.training)
     if path is None:
@@ -69,7 +69,7 @@ def refuse_changes(recipe: Recipe) -> None:
             )
     for name in changed:
         if name not in PASSING.split():
-            logger.info("from here on %s=%s; the run began with %s", name, now[name], began[name])
+            logger.info("from now on %s=%s; the run began with %s", name, now[name], began[name])
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -78,7 +78,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     folder. None for a new run, and for one that ended before its first checkpoint.
 
     Raises:
-        RecipeError: there is no checkpoint, or the folder holds another run that would be overwritten.
+        RecipeError: there is no checkpoint, or a new run would overwrite the one in the folder.
         CheckpointError: no checkpoint is intact.
     """
     run, asked = Path(args.output_dir), args.resume_from_checkpoint
@@ -86,7 +86,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if asked is None:
         if args.process_index == 0 and begun:
             raise RecipeError(
-                f"output_dir={run} already holds a run: continue it by --resume_from_checkpoint last, or choose "
+                f"output_dir={run} already holds a run: continue it with --resume_from_checkpoint last, or choose "
                 "another output_dir"
             )
         return None
@@ -100,9 +100,9 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             settle(run)
     last = newest_checkpoint(run)
     if last is None and not begun:
-        raise RecipeError(f"output_dir={run} holds no checkpoint to resume from")
+        raise RecipeError(f"output_dir={run} has no checkpoint to resume from")
     if last is None:
-        logger.warning("output_dir=%s holds no checkpoint yet: the run begins again", run)
+        logger.warning("output_dir=%s has no checkpoint yet: the run starts from the beginning", run)
         return None
     refuse_model_alone(last)
     return str(last)
@@ -113,18 +113,18 @@ def refuse_model_alone(checkpoint: Path) -> None:
     Raises:
         RecipeError: the checkpoint was written with save_only_model=true, without what resuming needs.
     """
-    # Every process writes one of these, with any optimizer.
+    # Every process writes one of these files, whatever the optimizer.
     if not any(checkpoint.glob("rng_state*.pth")):
         raise RecipeError(
-            f"{checkpoint} holds only the model (save_only_model=true), without the states of the optimizer and the "
-            f"schedule, and cannot be resumed from: start a new run with model={checkpoint} in another output_dir"
+            f"{checkpoint} has only the model (save_only_model=true), without the states of optimizer and schedule, so "
+            f"no run can resume from it: start a new run with model={checkpoint} in another output_dir"
         )
 
 
 def fingerprint(data: DataArguments, tables: dict[str, pa.Table]) -> dict[str, str]:
     """
-    Identifies the data of a run, independent of its location: for each split by the number of rows and a checksum of
-    their ids; for a stream, which is not read to its end, by the names and sizes of the files.
+    Identifies the data of a run, independent of its location: each split by the number of rows and a checksum of their
+    ids; a stream, which is not read to its end, by the names and sizes of its files.
     """
     found = {split: _rows_in_words(table) for split, table in tables.items()}
     if data.streaming:

@@ -22,8 +22,8 @@ class StopSignal:
     The first signal makes the run save and stop. A second one ends the process at once.
 
     Args:
-        processes: how many the run has.
-        speaks: whether this process prints a line about the signal.
+        processes: number of processes of the run.
+        speaks: whether this process prints a message about the signal.
     """
 
     def __init__(self, processes: int, speaks: bool):
@@ -57,7 +57,7 @@ class StopSignal:
             os.kill(os.getpid(), number)
 
     def finish(self) -> None:
-        """Waits for the last message: gloo aborts a process that exits before it is delivered."""
+        """Waits until the last message is delivered: gloo aborts a process that exits before that."""
         if self.pending is not None:
             self.pending.wait()
         if self.group is not None:
@@ -65,9 +65,9 @@ class StopSignal:
 
     def agreed(self) -> int:
         """
-        The signal, or 0; the same in every process. All processes must call it after each update.
+        The signal, or 0; the same in all processes. All of them must call this after each update.
 
-        Each call starts to share what this process has received, and returns the result of the previous call.
+        Each call starts sharing the signal that this process has received, and returns the previous call's result.
         """
         if self.group is None:
             return self.received

@@ -13,7 +13,7 @@ from .resumable import ResumableTrainer
 
 
 class StreamingTrainer(ResumableTrainer):
-    """`ResumableTrainer` that also trains on a stream, and resumes it at the next batch."""
+    """A `ResumableTrainer` that can also train on a stream. A resumed run continues with the next batch."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -25,7 +25,7 @@ class StreamingTrainer(ResumableTrainer):
         return self.train_dataset if isinstance(self.train_dataset, StreamedBatches) else None
 
     def get_train_dataloader(self):
-        """A stream yields this process's own batches: accelerate must not split them over the processes again."""
+        """Keeps accelerate from dividing a stream among the processes: it yields only this process's batches."""
         if self.stream is None:
             return super().get_train_dataloader()
 
@@ -40,11 +40,11 @@ class StreamingTrainer(ResumableTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The stock method, except that it stores the position in the stream for the next checkpoint."""
+        """The stock method; it also stores the position in the stream for the next checkpoint."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.stream is not None:
             for batch in batches:
-                # The longest batch of `--check` has no position.
+                # The longest batch, made by `--check`, has no position.
                 self._position = batch.pop("position", self._position)
         return batches, count
 
@@ -63,7 +63,7 @@ class StreamingTrainer(ResumableTrainer):
         Continues the stream at the checkpoint's position.
 
         Raises:
-            RecipeError: the checkpoint is from another number of processes, or from a run without streaming.
+            RecipeError: the checkpoint is from a run with another number of processes, or without streaming.
         """
         if checkpoint is None or not skipped:
             return
@@ -77,7 +77,7 @@ class StreamingTrainer(ResumableTrainer):
         stream.resume(position, skipped)
 
     def _run_epoch(self, *, epoch: int, **kwargs):
-        """Moves the stream to its position. The stock loop would read and discard all earlier batches."""
+        """Moves the stream to the checkpoint's position. The stock loop would read and discard all earlier batches."""
         if self.stream is not None:
             self._resume(self.stream, kwargs["resume_from_checkpoint"], kwargs["steps_trained_in_current_epoch"])
         super()._run_epoch(epoch=epoch, **kwargs)

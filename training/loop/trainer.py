@@ -31,8 +31,8 @@ from .streaming_trainer import StreamingTrainer
 
 class TranslationTrainer(StreamingTrainer):
     """
-    Trains as `Seq2SeqTrainer` does. Its evaluation loss is nats per target token over the whole set, where the stock
-    loop averages over sentences the means of their batches, and its perplexity is reported beside it.
+    Trains like `Seq2SeqTrainer`. Its evaluation loss is the mean over all target tokens of the set, in nats; the stock
+    loop averages the means of batches. The perplexity is reported too.
 
     Raises:
         RecipeError: `ema_decay` or `lora_rank` with a model that is sharded over the processes.
@@ -48,16 +48,16 @@ class TranslationTrainer(StreamingTrainer):
             self.add_callback(self.ema)
 
     def _get_train_sampler(self, train_dataset=None):
-        """Batches of a token budget, where the arguments ask for them."""
+        """Makes batches by a token budget, if the arguments ask for it."""
         if self.args.train_sampling_strategy != "token_budget":
             return super()._get_train_sampler(train_dataset)
-        # BPE-dropout: batches by the lengths without it, so that their number is the same in each epoch.
+        # With BPE-dropout, batches are made by the lengths without it, so that their number is equal in each epoch.
         rows = self.train_dataset.rows if isinstance(self.train_dataset, BpeDropoutRows) else self.train_dataset
         self._batches = self._token_budget(rows, self.args.per_device_train_batch_tokens, seed=self.args.seed_of_data)
         return self._batches
 
     def _get_eval_sampler(self, eval_dataset):
-        """The longest rows first, as many at a time as the budget holds."""
+        """Makes batches by the token budget of evaluation, the longest rows first."""
         return self._token_budget(eval_dataset, self.args.per_device_eval_batch_tokens, shuffle=False)
 
     def _token_budget(self, dataset, max_tokens: int, **options) -> TokenBudgetBatches:
@@ -65,14 +65,14 @@ class TranslationTrainer(StreamingTrainer):
         return token_budget(dataset, max_tokens, **world, **options)
 
     def get_test_dataloader(self, test_dataset):
-        """The rows of `predict()` keep their order, since its predictions are matched with them."""
+        """Keeps the order of the rows, since the predictions of `predict()` are matched with them."""
         return self._get_dataloader(
             test_dataset, "test", self.args.eval_batch_size, sampler_fn=super()._get_eval_sampler
         )
 
     def _run_epoch(self, *, epoch: int, **kwargs):
-        """Tells the sampler and the data where they are, which the stock loop forgets where a run resumes."""
-        # Resumed from the checkpoint at which it had stopped early.
+        """Sets the epoch of sampler and data. The stock loop does not do this in a resumed run."""
+        # The run had stopped early at the checkpoint that it resumes from.
         if self.control.should_training_stop:
             return
         if self._batches is not None:
@@ -82,16 +82,16 @@ class TranslationTrainer(StreamingTrainer):
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
-        """Where the model is sharded (FSDP2), its embeddings are left to the outermost group."""
+        """For a sharded model (FSDP2): leaves the embeddings in the outermost group."""
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
         model, plugin = self.model, self.accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
-            # accelerate would add up gradients, and return the loss, in bfloat16.
+            # By default accelerate sums gradients, and returns the loss, in bfloat16.
             options = {"reduce_dtype": torch.float32, "output_dtype": None}
             plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **options)
-        # accelerate would make a group of the tables that the model names. But up to four of our modules share one,
-        # torch refuses a tensor that is in two groups, and the loss reads the output matrix without calling its module.
+        # accelerate would put the embedding tables into a group of their own. But up to four of our modules share a
+        # table, torch refuses a tensor in two groups, and the loss reads the output matrix without calling its module.
         model.get_input_embeddings = model.get_output_embeddings = lambda: None
         try:
             return super()._prepare_for_training(*args, **kwargs)
@@ -101,11 +101,11 @@ class TranslationTrainer(StreamingTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """
         Raises:
-            RecipeError: the recipe's optimizer needs a package that is not there, or has no such options.
+            RecipeError: the optimizer needs a package that is not installed, or does not have the given options.
         """
         try:
             return super().create_optimizer(*args, **kwargs)
-        # Each library has its own errors for options that it has not, and for what it needs.
+        # Each library raises its own errors for unknown options and missing packages.
         except Exception as error:
             options = f" with optim_args={self.args.optim_args}" if self.args.optim_args else ""
             raise RecipeError(f"optim={self.args.optim.value}{options} cannot be used here: {error}") from error
@@ -113,18 +113,18 @@ class TranslationTrainer(StreamingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
         """
         Raises:
-            RecipeError: the recipe's schedule lacks options of its own, or has others.
+            RecipeError: the schedule needs options that are not given, or does not have the given ones.
         """
         try:
             scheduler = super().create_scheduler(num_training_steps, optimizer)
-            # Some options fail at the last update only.
+            # Some wrong options fail only at the last update.
             for factor in getattr(scheduler, "lr_lambdas", []):
                 factor(num_training_steps)
             return scheduler
         except (ArithmeticError, TypeError, ValueError) as error:
             name, options = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
             raise RecipeError(
-                f"lr_scheduler_type={name} does not go with lr_scheduler_kwargs={options} and warmup_steps="
+                f"lr_scheduler_type={name} does not work with lr_scheduler_kwargs={options} and warmup_steps="
                 f"{self.args.warmup_steps:g} of {num_training_steps}: {error}"
             ) from error
 
@@ -133,25 +133,25 @@ class TranslationTrainer(StreamingTrainer):
         Loads the weights to resume from.
 
         Raises:
-            RecipeError: they were written with FSDP and this run is without, or the other way round.
+            RecipeError: they were written with FSDP and this run does not use it, or the reverse.
         """
         if Path(resume_from_checkpoint, f"{FSDP_MODEL_NAME}.bin").exists() != self.is_fsdp_enabled:
             written, now = ("without", "with") if self.is_fsdp_enabled else ("with", "without")
             raise RecipeError(
-                f"{resume_from_checkpoint} was written {written} FSDP, and this run is {now} it: start it as it was "
-                "started before"
+                f"{resume_from_checkpoint} was written {written} FSDP, but this run is {now} it: start it with the same "
+                "command as before"
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; in training with `r_drop_alpha`, that of R-Drop (see r_drop.py)."""
-        # In evaluation the mean over the process's own tokens: `prediction_step` adds up sums.
+        """The model's own loss; in training with `r_drop_alpha`, the loss of R-Drop (r_drop.py)."""
+        # In evaluation, the mean over the process's own tokens. `prediction_step` turns it into a sum.
         num_items_in_batch = num_items_in_batch if model.training else None
         if not (self.args.r_drop_alpha and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         twice = {name: torch.cat([value, value]) for name, value in inputs.items()} | {"return_logits": True}
         loss, outputs = super().compute_loss(model, twice, True, 2 * num_items_in_batch)
-        # As the stock loss: DDP takes the mean over the processes, and the tokens were counted over all of them.
+        # As in the stock loss: DDP averages over the processes, but the tokens were counted over all of them.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         divergence = processes * symmetric_divergence(outputs.logits, inputs["labels"]) / num_items_in_batch
         loss = loss + self.args.r_drop_alpha / 2 * divergence
@@ -160,58 +160,58 @@ class TranslationTrainer(StreamingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None, **gen_kwargs
     ):
-        """Adds up the batch's negative log-likelihood and its target tokens."""
-        # The stock step writes transformers' defaults into the model's generation config, a max_length of 20 too. It is
-        # restored in place: with adapters, the model that has it is inside another.
+        """The stock step; it also sums the negative log-likelihood and the number of target tokens."""
+        # The stock step writes transformers' defaults, such as max_length=20, to the model's generation config. It is
+        # restored in place, because with adapters it belongs to a model inside the model.
         generation_config = self.model.generation_config
-        told = copy.deepcopy(vars(generation_config))
+        options = copy.deepcopy(vars(generation_config))
         loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
-        generation_config.__dict__ = told
+        generation_config.__dict__ = options
         count = inputs["labels"].ne(IGNORE_INDEX).sum()
         self._nll_and_count += torch.tensor([float(loss) * int(count), int(count)], dtype=torch.float64)
         if self.args.world_size > 1 and tokens is not None:
-            # Batches of a token budget differ in their rows, and only equal shapes can be gathered.
+            # The processes' batches may have different numbers of rows, and only equal shapes can be gathered.
             tokens, labels = self.accelerator.pad_across_processes((tokens, labels), dim=0, pad_index=IGNORE_INDEX)
         return None, tokens, labels
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """The stock loop, with the loss of the whole set in place of its own average."""
+        """The stock loop. It reports the loss and perplexity over all target tokens of the set."""
         self._nll_and_count = torch.zeros(2, dtype=torch.float64)  # on the CPU: MPS has no float64
         output: EvalLoopOutput = super().evaluation_loop(
             dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
         nll, count = torch.stack(gather_object([self._nll_and_count])).sum(dim=0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = nll / count
-        # torch's: of a loss above 709 it is infinite, where math's is an error.
+        # For a loss above 709, torch's exp returns infinity, while math.exp raises an error.
         output.metrics[f"{metric_key_prefix}_perplexity"] = torch.tensor(nll / count, dtype=torch.float64).exp().item()
         return output
 
     def _evaluate(self, *args, **kwargs):
-        """During training, with the mean of the weights where there is one."""
+        """Evaluates the mean of the weights, if there is one."""
         with self.ema.in_place() if self.ema else nullcontext():
             return super()._evaluate(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Adds the mean of the weights to a checkpoint, which the Trainer begins to write by an internal call."""
+        """Also saves the mean of the weights in a checkpoint. An internal call means a checkpoint."""
         super().save_model(output_dir, _internal_call)
         if self.ema and _internal_call and self.args.should_save:
             self.ema.save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Saves a shared tensor once: what is gathered from a sharded model holds it once for each of its names."""
+        """Saves a shared tensor once. The weights gathered from a sharded model have it once for each of its names."""
         if state_dict is not None:
             tied = self.model.all_tied_weights_keys
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        """With the rest of what a run resumes from, its mean of the weights."""
+        """Also loads the mean of the weights."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.ema and checkpoint is not None:
             self.ema.load(checkpoint)
 
     def _load_best_model(self) -> None:
-        """The best mean of the weights, where that is what was evaluated. The model is given it when training ends."""
+        """Loads the best mean, if means are evaluated. The model gets it as its weights at the end of training."""
         if self.ema:
             self.ema.load(self.state.best_model_checkpoint)
         else:
@@ -219,19 +219,20 @@ class TranslationTrainer(StreamingTrainer):
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """
-        Refuses what the stock method warns of. Shared tensors are stored once: their other names are not missing.
+        Raises an error where the stock method warns. Other names of a shared tensor, which is stored once, are not
+        missing.
 
         Raises:
-            CheckpointError: the checkpoint holds other tensors than the model has.
+            CheckpointError: the tensors in the checkpoint are not those of the model.
         """
         tied = self.model.all_tied_weights_keys
         missing = [f"{name} is missing" for name in load_result.missing_keys if name not in tied]
         if wrong := missing + [f"{name} is unexpected" for name in load_result.unexpected_keys]:
-            raise CheckpointError(f"the checkpoint holds the weights of another model: {wrong[0]}")
+            raise CheckpointError(f"the checkpoint has the weights of another model: {wrong[0]}")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
-        Makes sure, before the first update, of the repository that `push_to_hub=True` asks for.
+        Creates the repository for `push_to_hub=True` if it does not exist. This happens before the first update.
 
         Raises:
             HubError: the Hub cannot be reached or refuses.
@@ -243,7 +244,7 @@ class TranslationTrainer(StreamingTrainer):
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> CommitInfo:
         """
-        Pushes the run's folder as it is, when the run has ended and its scores and card are there.
+        Pushes the run's folder. Call it when scores and model card have been written.
 
         Raises:
             HubError: as `push_run` does.
@@ -254,9 +255,9 @@ class TranslationTrainer(StreamingTrainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """The checkpoint's model, where the stock method sends the run's whole folder and a pickle of its arguments."""
+        """Pushes the checkpoint's model. The stock method pushes the whole folder, with a pickle of the arguments."""
         args = self.args
-        # Adapters alone are no model: they go up when they are merged, at the end.
+        # Adapters are pushed at the end, after merging: they are not a model by themselves.
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or args.lora_rank:
             return
         before = self.push_in_progress or PushInProgress()
@@ -270,13 +271,13 @@ class TranslationTrainer(StreamingTrainer):
 
 
 def score_translations(tokenizer, bleu_tokenize: str):
-    """The `compute_metrics` of a Trainer: decodes generated and true ids, and scores the text."""
+    """Returns the `compute_metrics` for a Trainer: it decodes generated and true ids, and scores the text."""
     metrics = TranslationMetrics()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        rows = (prediction.label_ids != IGNORE_INDEX).any(axis=1)  # the others only filled up a process's batch
+        rows = (prediction.label_ids != IGNORE_INDEX).any(axis=1)  # the other rows only pad a process's batch
         texts = [
-            tokenizer.batch_decode(ids[rows].clip(min=0), skip_special_tokens=True)  # -100, the padding, becomes pad
+            tokenizer.batch_decode(ids[rows].clip(min=0), skip_special_tokens=True)  # -100 (padding) becomes pad
             for ids in (prediction.predictions, prediction.label_ids)
         ]
         return numbers(metrics.compute(predictions=texts[0], references=texts[1], tokenize=bleu_tokenize))

@@ -1,1 +1,1 @@
-"""What others see of a run: pictures, the model card and its audit, and the Hub."""
+"""Publishes a run: pictures, the model card and its checks, and the push to the Hub."""

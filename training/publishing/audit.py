@@ -1,4 +1,4 @@
-"""Checks a model card before it is published: that the Hub can read it, and that the run measured what it claims."""
+"""Checks a model card before publishing: the Hub must be able to read it, and metrics.json must contain its figures."""
 
 import re
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from ..errors import UserError
 from ..metrics import TITLES, numbers
 
 
-# Sections of a card whose figures were measured or counted. Those of the network are its configuration.
+# Sections whose figures were measured or counted. The figures about the network come from its configuration.
 MEASURED = ("Data", "Results", "Training")
-# Fields of a metrics.json, besides its scores, that these sections quote.
+# Fields of metrics.json, besides the scores, that these sections quote.
 COUNTED = ("num_beams", "data_name", "rows", "training")
 # A number that is not part of a name, such as Multi30k.
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
@@ -22,35 +22,35 @@ CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 
 
 class CardError(UserError):
-    """A model card that the Hub does not understand, or that claims what the run has not measured."""
+    """A model card that the Hub cannot read, or with a figure that is not in the run's metrics.json."""
 
 
 def read_card(path: str | Path, metrics: dict[str, Any]) -> ModelCard:
     """
-    Reads a model card, and checks it.
+    Reads and checks a model card.
 
     Args:
-        path: the card, as a run writes it or as somebody has edited it since.
+        path: the card that a run has written. It may have been edited since.
         metrics: the run's metrics.json.
 
     Raises:
-        CardError: its metadata is not what the Hub reads, or a figure of its metadata, of its number of parameters, or
-            of its sections Data, Results and Training is not in `metrics`.
+        CardError: the Hub cannot read the metadata; or the number of parameters, or a figure in the metadata or in
+            the sections Data, Results and Training, is not in `metrics`.
     """
     try:
-        # huggingface_hub's own parser, which tells of a broken model-index by a ValueError.
+        # huggingface_hub's own parser. It raises ValueError for a broken model-index.
         card = ModelCard.load(path)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise CardError(f"the metadata of {path} cannot be read: {' '.join(str(error).split())}") from error
     if not card.data.get("eval_results"):
-        raise CardError(f"{path} has no model-index in its metadata, which says what the model scored")
+        raise CardError(f"{path} has no model-index with the model's scores in its metadata")
     if claims := list(unfounded(card, metrics)):
-        raise CardError(f"{path} claims what metrics.json does not hold: {', '.join(claims)}")
+        raise CardError(f"{path} has figures that are not in metrics.json: {', '.join(claims)}")
     return card
 
 
 def unfounded(card: ModelCard, metrics: dict[str, Any]) -> Iterator[str]:
-    """Yields each claim of a card that its metrics.json does not hold, in words."""
+    """Yields a description of each figure in a card that is not in its metrics.json."""
     scores = metrics["scores"]
     known = _figures([numbers(scores), *(metrics.get(name) for name in COUNTED)])
     for result in card.data.get("eval_results"):
@@ -72,13 +72,13 @@ def unfounded(card: ModelCard, metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def _section(text: str, title: str) -> str:
-    """The text under a heading of the second level."""
+    """The text under a second-level heading."""
     found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     return found.group(1) if found else ""
 
 
 def _table_cells(name: str, scores: dict[str, Any]) -> list[str]:
-    """Score and signature as the template writes them into the table of results."""
+    """Score and signature, as the template writes them in the table of results."""
     if name not in scores:
         return []
     signature = scores.get(f"{name}_signature", "").replace("|", "\\|")
@@ -86,7 +86,7 @@ def _table_cells(name: str, scores: dict[str, Any]) -> list[str]:
 
 
 def _figures(value: Any) -> set[str]:
-    """Every number in a part of a metrics.json, written as the template writes numbers."""
+    """Every number in a part of metrics.json, in each of the template's formats."""
     if isinstance(value, dict | list):
         parts = value.values() if isinstance(value, dict) else value
         return set().union(*map(_figures, parts))

@@ -13,7 +13,7 @@ from ..metrics import TITLES
 
 
 def language_name(code: str) -> str:
-    """The English name of a language, or its code where the CLDR has none."""
+    """The English name of a language; its code if the CLDR has no name for it."""
     try:
         return Locale.parse(code, sep="-" if "-" in code else "_").english_name or code
     except (ValueError, UnknownLocaleError):
@@ -34,12 +34,12 @@ def model_card(
 
     Args:
         model: the trained model.
-        languages: codes of source and target, if the run knows them.
-        metrics: the run's metrics.json; the card claims no figure that is not in it.
+        languages: codes of source and target; None where the recipe does not name one.
+        metrics: the run's metrics.json, the source of all measured figures.
         recipe: the resolved recipe as YAML.
         model_path: what to pass to `from_pretrained`.
-        hub_model_id: the model's name on the Hub, as far as it is known. Pushing writes the true one.
-        base_model: the folder or Hub name of the model that the run began with, if it did not begin from scratch.
+        hub_model_id: the model's name on the Hub, if it is known. A push writes the final name.
+        base_model: the folder or Hub name of the model that the run trained further, if any.
     """
     scores, data_name = metrics["scores"], metrics["data_name"]
     results = [
@@ -50,14 +50,14 @@ def model_card(
     name = Path(model_path).name
     codes = [code for code in languages if code]
     card_data = ModelCardData(
-        # The Hub knows languages by their ISO 639 codes, and leaves regions and scripts to the other field.
+        # `language` takes ISO 639 codes; regions and scripts belong into `language_bcp47`.
         language=[re.split("[-_]", code)[0].lower() for code in codes] or None,
         language_bcp47=[code.replace("_", "-") for code in codes] if any(re.search("[-_]", c) for c in codes) else None,
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="translation" if all(languages) else "text2text-generation",
         tags=["vanilla_transformer", "translation" if all(languages) else "text2text-generation"],
-        # A folder is named by its last part; a model of the Hub has its owner's name before it.
+        # Only names on the Hub (OWNER/NAME), not local folders.
         base_model=base_model if base_model and "/" in base_model and not Path(base_model).exists() else None,
         datasets=[data_name] if "/" in data_name and not Path(data_name).exists() else None,
         metrics=[result["type"] for result in results],

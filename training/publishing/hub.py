@@ -1,7 +1,7 @@
-"""The Hub: a run's model with its documents, and with the code that loads it where the package is not installed.
+"""Pushes a run to the Hub: the model, its documents, and the code that loads it without this package.
 
-All of it goes up in one commit, after everything that could be wrong with it has been looked at. So whatever happens on
-the way, the repository holds the whole of the revision before, or the whole of this one.
+Everything is checked first and then uploaded in one commit. So after an interrupted push the repository holds the
+complete previous revision.
 """
 
 import json
@@ -44,12 +44,12 @@ CARD = "README.md"
 METRICS = "metrics.json"
 RECIPE = "recipe.yaml"
 DOCUMENTS = (CARD, METRICS, "loss_curve.png", RECIPE)
-# Where an example of a card names the model that it loads.
+# The name of the model in a card's code examples.
 MODEL_NAME = re.compile(r'(from_pretrained\(|model=)"[^"]*"')
 
 
 class HubError(UserError):
-    """What keeps a model from the Hub."""
+    """A model that cannot be pushed to the Hub."""
 
 
 def push_run(
@@ -60,21 +60,21 @@ def push_run(
     message: str = "Upload of a run",
 ) -> CommitInfo:
     """
-    Pushes the folder of a finished run, in one commit.
+    Pushes the folder of a finished run in one commit.
 
-    The repository then holds model, generation config and tokenizer, code, model card, metrics.json, recipe.yaml and
-    loss_curve.png. Other files of the run's folder, such as checkpoints, stay where they are.
+    The repository then holds model, generation config, tokenizer, code, model card, metrics.json, recipe.yaml and
+    loss_curve.png. Other files of the run's folder, such as checkpoints, are not uploaded.
 
     Args:
         run: its `output_dir`.
-        repo_id: `NAME/MODEL`, or `MODEL` for one of the token's owner. What does not exist is made.
-        private: True makes the repository a private one; None leaves that to the Hub.
-        revision: the branch to push to, which is made where it does not exist. Default: main.
-        message: of the commit.
+        repo_id: `NAME/MODEL`, or `MODEL` in the account of the token's owner. It is created if it does not exist.
+        private: True creates a private repository; None takes the account's default.
+        revision: the branch to push to (default: main). It is created if it does not exist.
+        message: the commit message.
 
     Raises:
         HubError: the folder is not that of a finished run, or the Hub cannot be reached or refuses.
-        UserError: the model cannot be loaded, or the card claims what metrics.json does not hold.
+        UserError: the model cannot be loaded, or the card has figures that are not in metrics.json.
     """
     run = Path(run)
     check_run(run)
@@ -86,17 +86,17 @@ def push_run(
 
 def check_run(run: Path) -> None:
     """
-    Looks at the documents of a run.
+    Checks the documents of a run.
 
     Raises:
         HubError: the folder is not that of a finished run.
-        CardError: its card claims what metrics.json does not hold.
+        CardError: the card cannot be read, or has figures that are not in metrics.json.
     """
     missing = [name for name in (*DOCUMENTS, "config.json") if not (run / name).is_file()]
     if missing:
         raise HubError(
-            f"{run} is not the folder of a finished run: it holds no {', '.join(missing)}. Give the output_dir of a "
-            "run that has ended"
+            f"{run} is not the folder of a finished run: it has no {', '.join(missing)}. Give the output_dir of a "
+            "finished run"
         )
     try:
         metrics = json.loads((run / METRICS).read_text(encoding="utf-8"))
@@ -104,13 +104,13 @@ def check_run(run: Path) -> None:
     except CardError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"{run / METRICS} is not what a run writes: {error!r}") from error
+        raise HubError(f"{run / METRICS} was not written by a run, or is damaged: {error!r}") from error
 
 
 def stage(folder: Path, target: Path) -> None:
     """
-    Writes what goes up: a model and its tokenizer, freshly saved, so that nothing travels that only lay beside them;
-    their code; and the documents, as far as the folder has them.
+    Writes the files to upload: the model and its tokenizer, loaded and saved again so that no stray file comes along;
+    their code; and the documents that the folder has.
 
     Args:
         folder: a run or a checkpoint.
@@ -120,7 +120,7 @@ def stage(folder: Path, target: Path) -> None:
         UserError: the model cannot be loaded.
     """
     model, tokenizer = read_model(str(folder))
-    # transformers notes the class that it saves, and that of the config. AutoModel is to load the repository too.
+    # transformers adds the entries of the saved class and of the config. This one is for AutoModel.
     network = VanillaTransformerModel
     model.config.auto_map = {"AutoModel": f"{network.__module__.rpartition('.')[2]}.{network.__name__}"}
     with saving_code():
@@ -137,7 +137,7 @@ def stage(folder: Path, target: Path) -> None:
 
 @contextmanager
 def saving_code() -> Iterator[None]:
-    """Inside, whatever is saved has its modules beside it, which no checkpoint should."""
+    """Inside the `with`, saving a model also writes the modules of its code. Checkpoints are saved without them."""
     VanillaTransformerConfig.register_for_auto_class()
     VanillaTransformerForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
     try:
@@ -148,20 +148,20 @@ def saving_code() -> Iterator[None]:
 
 def create_repository(repo_id: str, private: bool | None) -> str:
     """
-    Makes sure of the repository.
+    Creates the repository if it does not exist.
 
     Returns:
-        Its whole name, `NAME/MODEL`.
+        Its full name, `NAME/MODEL`.
 
     Raises:
-        HubError: the Hub cannot be reached or refuses, or the repository is public and was to be private.
+        HubError: the Hub cannot be reached or refuses, or `private` is True and the repository exists and is public.
     """
     api = HfApi()
     if get_token() is None:
-        raise HubError(f"no token for {api.endpoint}: log in by `hf auth login`, or set the environment's HF_TOKEN")
+        raise HubError(f"no token for {api.endpoint}: run `hf auth login`, or set the environment variable HF_TOKEN")
     with explained(repo_id, api.endpoint):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # What exists keeps its visibility, whatever is asked for.
+        # create_repo does not change the visibility of an existing repository.
         if private and not api.model_info(repo_id).private:
             raise HubError(f"{repo_id} exists and is public: make it private in its settings, or choose another name")
         return repo_id
@@ -169,10 +169,10 @@ def create_repository(repo_id: str, private: bool | None) -> str:
 
 def commit(folder: Path, repo_id: str, revision: str | None, message: str) -> CommitInfo:
     """
-    Sends what `stage` has written. Not by `upload_folder`, which may make several commits.
+    Uploads the files that `stage` has written. (`upload_folder` may make several commits.)
 
     Raises:
-        HubError: the Hub cannot be reached or refuses. What it held before it still holds.
+        HubError: the Hub cannot be reached or refuses. The repository's previous revision is intact.
     """
     api = HfApi()
     contents: dict[str, bytes | Path] = {path.name: path for path in sorted(folder.iterdir())}
@@ -188,10 +188,10 @@ def commit(folder: Path, repo_id: str, revision: str | None, message: str) -> Co
 
 def push_checkpoint(checkpoint: str | Path, repo_id: str, revision: str | None, message: str) -> Future[None]:
     """
-    Pushes the model of a checkpoint while the run goes on: a copy of it, since the checkpoint may be removed meanwhile.
-    Several go up one after the other. A push that fails is told, and ends no run.
+    Pushes the model of a checkpoint in the background, one push at a time. It uploads a copy, since the checkpoint may
+    be deleted meanwhile. A failed push is logged, and the run continues.
 
-    Args: as those of `push_run`; the repository must exist.
+    Args: as in `push_run`; the repository must exist.
 
     Raises:
         UserError: the checkpoint cannot be loaded.
@@ -204,7 +204,7 @@ def push_checkpoint(checkpoint: str | Path, repo_id: str, revision: str | None, 
             try:
                 commit(Path(staged.name), repo_id, revision, message)
             except HubError as error:
-                logger.warning("%s was not pushed: %s. The run goes on", checkpoint, error)
+                logger.warning("%s was not pushed: %s. The run continues", checkpoint, error)
 
     return run_as_future(send)
 
@@ -212,7 +212,7 @@ def push_checkpoint(checkpoint: str | Path, repo_id: str, revision: str | None, 
 @contextmanager
 def explained(repo_id: str, endpoint: str) -> Iterator[None]:
     """
-    Turns what the Hub and its client raise into one line that says what to do.
+    Turns errors of the Hub and its client into one line that says what to do.
 
     Raises:
         HubError: with that line.
@@ -222,32 +222,33 @@ def explained(repo_id: str, endpoint: str) -> Iterator[None]:
     except HubError:
         raise
     except RuntimeError as error:
-        # A file on its way to the Hub's storage; the cause says why.
+        # The upload of a file to the Hub's storage failed; the cause has the reason.
         said = " ".join(str(error.__cause__ or error).split())
         raise HubError(
-            f"a file did not get to {endpoint} ({said}): push again. What was in {repo_id} before is whole"
+            f"the upload of a file to {endpoint} failed ({said}): push again. The previous revision of {repo_id} is "
+            "intact"
         ) from error
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(_advice(error, repo_id, endpoint)) from error
 
 
 def _advice(error: Exception, repo_id: str, endpoint: str) -> str:
-    """What went wrong, and what to do about it."""
+    """The message for an error of the Hub: what is wrong, and what to do."""
     said = " ".join(str(error).split())
     if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is not the name of a repository, NAME/MODEL: {said}"
+        return f"{repo_id!r} is not a valid repository name, NAME/MODEL: {said}"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such branch: {said}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, RepositoryNotFoundError):
-        return f"{repo_id} does not exist at {endpoint}, or is private and closed to your token: {said}"
+        return f"{repo_id} does not exist at {endpoint}, or is private and your token has no access to it: {said}"
     if status == 401:
-        return f"{endpoint} refuses your token: log in anew by `hf auth login`, or set HF_TOKEN to one that may write"
+        return f"{endpoint} refuses your token: run `hf auth login` again, or set HF_TOKEN to one that may write"
     if status == 403:
-        return f"your token may not write to {repo_id}: take a name of your own, or a token that may write. {said}"
+        return f"your token may not write to {repo_id}: use a name in your own account, or another token. {said}"
     if status is None and isinstance(error, HTTPError | OfflineModeIsEnabled):
         return (
             f"the connection to {endpoint} failed ({said or type(error).__name__}): push again when it is back. "
-            f"What was in {repo_id} before is whole"
+            f"The previous revision of {repo_id} is intact"
         )
-    return f"{endpoint} did not take {repo_id}: {said}"
+    return f"{endpoint} refused the push to {repo_id}: {said}"

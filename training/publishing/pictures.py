@@ -1,4 +1,4 @@
-"""Pictures as PNG files: the loss curve of a run, and the alignment of a translation to its source."""
+"""Draws PNG files: the loss curve of a run, and the alignment of a translation to its source."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ from ..metrics import TITLES
 
 def draw_loss_curve(log_history: list[dict[str, Any]], metric: str, path: str | Path) -> None:
     """
-    Draws training and validation loss, and the metric that chose the best checkpoint, over updates, as a PNG.
+    Draws training loss, validation loss, and the metric that chose the best checkpoint, over updates.
 
     Args:
         log_history: `trainer.state.log_history`.
         metric: name of the metric, e.g. "bleu".
-        path: the picture to write.
+        path: the PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,21 +46,21 @@ def draw_alignment(
     weights: torch.Tensor, source_tokens: Sequence[str], target_tokens: Sequence[str], path: str | Path
 ) -> None:
     """
-    Draws the attention that aligned one translation to its source, darker where it is larger, as a PNG.
+    Draws the attention that aligns one translation to its source: darker cells have larger weights.
 
     Args:
         weights: one sentence's `align().weights`, without padding, `[T, S]`.
         source_tokens: S labels for the columns.
         target_tokens: T labels for the rows.
-        path: the picture to write.
+        path: the PNG file to write.
 
     Raises:
-        ValueError: there are more or fewer labels than the weights have rows or columns.
+        ValueError: the numbers of labels differ from the shape of the weights.
     """
     if tuple(weights.shape) != (len(target_tokens), len(source_tokens)):
         raise ValueError(
             f"weights has shape {list(weights.shape)}, but there are {len(target_tokens)} target and "
-            f"{len(source_tokens)} source tokens: cut the padding off, and give a label for each token that is left"
+            f"{len(source_tokens)} source tokens: remove the padding, and give one label for each remaining token"
         )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def draw_alignment(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     image = axes.imshow(weights.float().cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
-    # A dollar in a token is a dollar, not the beginning of a formula.
+    # matplotlib would otherwise read a dollar sign in a token as the start of a formula.
     axes.set_xticks(
         range(columns), list(source_tokens), rotation=60, ha="left", rotation_mode="anchor", parse_math=False
     )

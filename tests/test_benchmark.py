@@ -210,7 +210,7 @@ class TestWhatTheMachineLacks:
         assert capsys.readouterr().out == "left out: ours int8: it is broken\n"
 
     def test_is_an_error_if_nothing_else_is_asked_for(self):
-        with pytest.raises(UserError, match="no contender is left"):
+        with pytest.raises(UserError, match="no contender can be measured"):
             availability.leave_out([Contender("ours", "int8")], lambda _: "it is broken")
 
     @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_the_tasks_of_a_test_set_are_sorted_and_the_largest_is_scored(translatin
     [
         (["--model", "missing"], "error: --model translates the test set of Multi30k"),
         (["--model", "missing", "--multi30k_dir", "missing"], "error: missing/test_2016_flickr.lc.norm.tok.en.gz: no"),
-        (["--memory", "--cells", "1x1"], "error: --memory has cells of its own"),
+        (["--memory", "--cells", "1x1"], "error: --memory has its own cells"),
         (["--contenders", "ours int4"], "invalid choice: 'ours int4'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Checks before the first update: errors that would end the run later, and the resources that the run needs."""
+"""Checks before the first update, for errors that would end the run later and for the resources that it needs."""

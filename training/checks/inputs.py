@@ -1,4 +1,4 @@
-"""Checks of text, ids and fields, before the first update, for errors that would end a run later."""
+"""Checks text, ids and fields before the first update, for errors that would end the run later."""
 
 import json
 from collections.abc import Iterator
@@ -24,19 +24,19 @@ MANY_LEFT_OUT = 0.05
 
 
 def check_inputs(run: Run) -> list[Finding]:
-    """Findings on data, vocabulary, lengths, decoding and fields. They need no Trainer."""
+    """Checks data, vocabulary, lengths, decoding and fields. This does not need a Trainer."""
     checks = (check_rows, check_resumption, check_vocabulary, check_lengths, check_decoding)
     found = [finding for check in checks for finding in check(run)]
     return [*found, *check_fields(run.recipe.training, has_validation="validation" in run.rows)]
 
 
 def check_rows(run: Run) -> Iterator[Finding]:
-    """The number of rows of each split, and how many training rows the length limits skip."""
+    """Reports the number of rows in each split, and checks how many training rows the length limits skip."""
     data, args = run.recipe.data, run.recipe.training
     counts = {split: len(rows) for split, rows in run.pairs.items() if isinstance(rows, Dataset)}
     kept = {split: len(rows) for split, rows in run.rows.items() if isinstance(rows, Dataset)}
     listed = ", ".join(f"{count:,} {split}" for split, count in (counts | kept).items())
-    streamed = f"; train is streamed, checked by its first {SAMPLE:,}" if data.streaming else ""
+    streamed = f"; train is streamed, and its first {SAMPLE:,} rows are checked" if data.streaming else ""
     yield ok("data", f"rows: {listed}{streamed}")
     for split, count in kept.items():
         if count < args.world_size:
@@ -54,7 +54,7 @@ def check_rows(run: Run) -> Iterator[Finding]:
 
 
 def check_resumption(run: Run) -> Iterator[Finding]:
-    """Whether a resumed run reads the same data as before."""
+    """Checks that a resumed run reads the same data as before."""
     path = Path(run.checkpoint or "", DATA_NAME)
     if run.checkpoint is None or not path.exists():
         return
@@ -68,7 +68,7 @@ def check_resumption(run: Run) -> Iterator[Finding]:
 
 
 def check_vocabulary(run: Run) -> Iterator[Finding]:
-    """Whether every id has an embedding and a single meaning, and how much of the text is unknown."""
+    """Checks that every id has an embedding and only one meaning, and how much of the text is unknown."""
     tokenizer, config = run.tokenizer, run.model.config
     name = f"tokenizer={run.recipe.tokenizer.tokenizer}"
     special = {part: getattr(tokenizer, f"{part}_token_id") for part in ("pad", "bos", "eos", "unk")}
@@ -99,7 +99,7 @@ def check_vocabulary(run: Run) -> Iterator[Finding]:
 
 
 def check_ids(where: str, ids: pa.ChunkedArray, unknown: int | None, vocab_size: int) -> Iterator[Finding]:
-    """Whether all ids of a side have an embedding, and how many are the unknown token."""
+    """Checks that all ids of a side have an embedding, and how many are the unknown token."""
     lowest, highest = pc.min_max(ids).as_py().values()
     if lowest < 0 or highest >= vocab_size:
         yield error(
@@ -112,13 +112,13 @@ def check_ids(where: str, ids: pa.ChunkedArray, unknown: int | None, vocab_size:
         verdict = error if share > TOO_MANY_UNKNOWN else warning
         yield verdict(
             "vocabulary",
-            f"{where}: {share:.1%} of the tokens are unknown to the tokenizer: use one for this language, or "
+            f"{where}: {share:.1%} of the tokens are unknown to the tokenizer: use a tokenizer for this language, or "
             "leave tokenizer out to learn one",
         )
 
 
 def check_lengths(run: Run) -> Iterator[Finding]:
-    """Whether the longest row fits into a batch and into the learned positions."""
+    """Checks that the longest row fits into a batch and into the learned positions."""
     args, lengths = run.recipe.training, run.lengths
     sides = [
         f"{side} {found.min()} to {found.max()} (mean {found.mean():.1f})" for side, found in lengths["train"].items()
@@ -129,7 +129,7 @@ def check_lengths(run: Run) -> Iterator[Finding]:
         del budgets["train"]
     for split, field in budgets.items():
         if split in lengths and (found := longest_rows(lengths[split])).max() > getattr(args, field):
-            remedy = ", or skip longer rows by max_source_length and max_target_length" if split == "train" else ""
+            remedy = ", or skip longer rows with max_source_length and max_target_length" if split == "train" else ""
             yield error(
                 "lengths",
                 f"{split}, row {found.argmax() + 1}: {found.max()} tokens are more than a batch may hold, "
@@ -140,7 +140,7 @@ def check_lengths(run: Run) -> Iterator[Finding]:
 
 
 def check_positions(run: Run) -> Iterator[Finding]:
-    """Whether learned positions suffice for every row, including the test rows translated after training."""
+    """Checks that there are learned positions for every row, including the test rows translated after training."""
     limit = run.model.config.max_position_embeddings
     longest = {split: longest_rows(found) for split, found in run.lengths.items()}
     if "test" in run.pairs:
@@ -156,7 +156,7 @@ def check_positions(run: Run) -> Iterator[Finding]:
 
 
 def check_decoding(run: Run) -> Iterator[Finding]:
-    """Whether the generation config is valid, and allows translations as long as the references."""
+    """Checks that the generation config is valid, and allows translations as long as the references."""
     generation, config, args = run.model.generation_config, run.model.config, run.recipe.training
     limit = generation.max_new_tokens
     longest = f"{limit} tokens" if limit else f"the source's length + {MAX_EXTRA_TOKENS}"
@@ -165,7 +165,7 @@ def check_decoding(run: Run) -> Iterator[Finding]:
         f"num_beams={generation.num_beams} ({args.generation_num_beams} while training), at most {longest}",
     )
     try:
-        # As strictly as when it is saved.
+        # As strict as the check when it is saved.
         generation.validate(strict=True)
     except ValueError as problem:
         yield error("decoding", f"the generation config cannot be saved: {problem}")
@@ -173,14 +173,14 @@ def check_decoding(run: Run) -> Iterator[Finding]:
         yield error(
             "decoding",
             f"max_new_tokens={limit} exceeds the learned positions, max_position_embeddings="
-            f"{config.max_position_embeddings}: lower the one or raise the other",
+            f"{config.max_position_embeddings}: lower the first or raise the second",
         )
     if "validation" in run.lengths:
         yield from check_cuts(limit, args.generation_max_length, run.lengths["validation"])
 
 
 def check_cuts(max_new_tokens: int | None, max_length: int | None, lengths: Lengths) -> Iterator[Finding]:
-    """Whether a limit on the length of translations is shorter than some references."""
+    """Checks whether the limits on the length of translations are shorter than some references."""
     most: Any = max_new_tokens or lengths["source"] + MAX_EXTRA_TOKENS
     # transformers counts the decoder's start token in max_length.
     limits = {"max_new_tokens": most, "generation_max_length": max_length and max_length - 1}

@@ -1,4 +1,4 @@
-"""Computes, before the first update, a run's batches, updates and checkpoints, and the disk and memory it needs."""
+"""Computes a run's batches, updates and checkpoints, and the disk space and memory that it needs."""
 
 import logging
 import math
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 # A share above one of these deserves a warning.
 MUCH_PADDING = 0.2
 NEARLY_FULL = 0.9
-# Maximum rows on which bfloat16 is timed: more would take long where it is emulated.
+# Maximum rows for timing bfloat16: where it is emulated, more would take long.
 MOST_TIMED = 256
 MUCH_SLOWER = 1.3
 
 
 class Plan(NamedTuple):
-    """What the run will do. Tokens are per update over all processes, without padding."""
+    """What the run will do. Tokens are counted per update, over all processes, without padding."""
 
     source_tokens: float
     target_tokens: float
@@ -56,12 +56,12 @@ class Plan(NamedTuple):
 
 
 def check_plan(run: Run, trainer: TranslationTrainer) -> list[Finding]:
-    """Findings on batches, schedule, disk and memory. Logs the sizes of an update and of an epoch."""
+    """Checks batches, schedule, disk and memory. Logs the sizes of an update and of an epoch."""
     plan = make_plan(run, trainer)
     logger.info("%s", plan)
     findings = [*check_batches(run, plan), *check_schedule(run, plan), *check_disk(run, plan)]
     findings += check_precision(run, trainer.args.device)
-    # The memory of a sharded model is measured only by real updates.
+    # For a sharded model, only real updates show the memory.
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         findings += check_memory(run.model, trainer.args.device)
     return findings
@@ -87,9 +87,9 @@ def make_plan(run: Run, trainer: TranslationTrainer) -> Plan:
 
 
 def padding_of(batches: Iterable[list[int]], lengths: Lengths) -> float:
-    """The share of padding in these batches, both sides together."""
+    """The share of padding in these batches, over both sides."""
     tokens = places = 0
-    # Must not change the run's own shuffling.
+    # Iterating must not change the shuffling of the run itself.
     with torch.random.fork_rng(devices=[]):
         for batch in batches:
             for side in lengths.values():
@@ -99,7 +99,7 @@ def padding_of(batches: Iterable[list[int]], lengths: Lengths) -> float:
 
 
 def check_batches(run: Run, plan: Plan) -> Iterator[Finding]:
-    """The size of an update, and its padding."""
+    """Reports the size of an update, and checks its padding."""
     yield ok("batches", str(plan))
     strategy = run.recipe.training.train_sampling_strategy
     if strategy != "token_budget" and plan.padding > MUCH_PADDING:
@@ -110,7 +110,7 @@ def check_batches(run: Run, plan: Plan) -> Iterator[Finding]:
 
 
 def check_schedule(run: Run, plan: Plan) -> Iterator[Finding]:
-    """The numbers of updates, evaluations and checkpoints, and whether they are enough."""
+    """Reports the numbers of updates, evaluations and checkpoints, and checks that they are large enough."""
     args = run.recipe.training
     evaluations, saves = occasions(args, "eval", plan), occasions(args, "save", plan)
     epochs = f" ({plan.epochs():.1f} epochs)" if plan.updates_per_epoch else ""
@@ -125,12 +125,12 @@ def check_schedule(run: Run, plan: Plan) -> Iterator[Finding]:
     if args.average_checkpoints and args.average_checkpoints > saves > 0:
         yield warning(
             "schedule",
-            f"average_checkpoints={args.average_checkpoints}, but only {saves} will be written: lower save_steps",
+            f"average_checkpoints={args.average_checkpoints}, but only {saves} checkpoints are saved: lower save_steps",
         )
 
 
 def occasions(args: TrainingArguments, kind: str, plan: Plan) -> int:
-    """How often the run evaluates ("eval") or saves ("save"), the end included."""
+    """How often the run evaluates ("eval") or saves ("save"), including the end."""
     strategy = getattr(args, f"{kind}_strategy")
     if strategy == "no":
         return 0
@@ -144,10 +144,10 @@ def occasions(args: TrainingArguments, kind: str, plan: Plan) -> int:
 
 
 def check_disk(run: Run, plan: Plan) -> Iterator[Finding]:
-    """Whether the kept checkpoints, the one being written, and the model itself fit on the disk."""
+    """Checks that the kept checkpoints, the one being written, and the model fit on the disk."""
     args = run.recipe.training
     weights = run.model.get_memory_footprint(return_buffers=False)
-    # Of the trained weights only: with LoRA, the adapters.
+    # Only the trained weights: with LoRA, the adapters.
     checkpoint = optimizer_bytes(run.model) // 2 * (1 + (args.ema_decay is not None))
     if not args.save_only_model:
         checkpoint += optimizer_bytes(run.model)
@@ -176,7 +176,7 @@ def optimizer_bytes(model: PreTrainedModel) -> int:
 
 
 def check_precision(run: Run, device: torch.device) -> Iterator[Finding]:
-    """Whether bfloat16 is slower than float32 here: without hardware support it is many times slower."""
+    """Checks whether bfloat16 is slower than float32 here: without hardware support it is many times slower."""
     args, config = run.recipe.training, run.model.config
     if not args.bf16:
         return
@@ -193,7 +193,7 @@ def check_precision(run: Run, device: torch.device) -> Iterator[Finding]:
 
 def time_product(rows: int, inputs: int, outputs: int, device: torch.device, bf16: bool) -> float:
     """Seconds of a linear layer's forward and backward pass, the best of three."""
-    # No random numbers: this must not change the run's own.
+    # Not random, because that would change the random numbers of the run.
     states, weight, bias = (
         torch.ones(shape, device=device, requires_grad=True) for shape in ((rows, inputs), (outputs, inputs), outputs)
     )
@@ -207,14 +207,14 @@ def time_product(rows: int, inputs: int, outputs: int, device: torch.device, bf1
 
 
 def now() -> float:
-    """The time after the device has finished its queued work."""
+    """The time in seconds, after the device has finished its queued work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def check_memory(model: PreTrainedModel, device: torch.device) -> Iterator[Finding]:
-    """Whether weights, gradients and the optimizer's state fit at all."""
+    """Checks that weights, gradients and optimizer state fit into memory."""
     weights, state = model.get_memory_footprint(return_buffers=False), optimizer_bytes(model)
     needed, total = weights + state // 2 + state, memory_of(device)
     said = (

@@ -1,4 +1,4 @@
-"""A run that is ready to train: its recipe, text, ids, tokenizer and model."""
+"""`Run`, a run that is ready to train: recipe, text, ids, tokenizer and model."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ Lengths = dict[str, np.ndarray]
 
 @dataclass
 class Run:
-    """What a run has prepared before it trains, and the checkpoint that it resumes from, if any."""
+    """A run that is ready to train, and the checkpoint that it resumes from, if any."""
 
     recipe: Recipe
     pairs: Any

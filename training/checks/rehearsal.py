@@ -1,6 +1,6 @@
-"""`vanilla-transformer train RECIPE.yaml --check`: measures time and memory by a few real updates.
+"""`vanilla-transformer train RECIPE.yaml --check`: measures time and memory with a few real updates.
 
-It runs all checks of a normal run, makes the updates, prints the findings as a table, and leaves no files behind.
+It runs all checks of a normal run, makes the updates, and prints the findings as a table. It leaves no files behind.
 """
 
 import copy
@@ -28,7 +28,7 @@ from .plan import NEARLY_FULL, Plan, check_plan, make_plan, now, occasions
 from .prepared import Run, longest_rows
 
 
-# Number of timed updates, after one on the longest batch.
+# Number of timed updates. The first update, on the longest batch, is not one of them.
 TIMED = 5
 
 
@@ -58,10 +58,10 @@ def rehearse(run: Run, build_trainer: Callable[..., TranslationTrainer]) -> None
 
 
 class Stopwatch(TrainerCallback):
-    """Records when each update ended, and the process's memory before the first."""
+    """Records the end of each update, and the process's memory before the first one."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Starts."""
+        """Starts the clock."""
         self.resident = psutil.Process().memory_info().rss
         self.ends = [now()]
 
@@ -70,12 +70,12 @@ class Stopwatch(TrainerCallback):
         self.ends.append(now())
 
     def seconds(self) -> list[float]:
-        """The duration of each update, including making its batch."""
+        """The duration of each update, including the time to make its batch."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
 
 class FewBatches:
-    """A loader of some given batches, then the first `count` batches of another loader."""
+    """A loader that yields the batches `first`, then `count` batches of another loader."""
 
     def __init__(self, first: list, loader: Iterable, count: int):
         self.first, self.loader, self.count = first, loader, count
@@ -100,7 +100,7 @@ def throwaway(args: TrainingArguments, folder: str) -> TrainingArguments:
 
 
 def measure(run: Run, trainer: TranslationTrainer) -> list[Finding]:
-    """Makes one update on the longest batch and TIMED on the run's first batches, and evaluates one batch."""
+    """Makes one update on the longest batch and TIMED updates on the run's first batches, and evaluates one batch."""
     plan, args = make_plan(run, trainer), trainer.args
     accumulation = args.gradient_accumulation_steps
     first = longest_batch(run, trainer)
@@ -142,13 +142,13 @@ def out_of_memory(batch: dict[str, torch.Tensor], trainer: TranslationTrainer) -
         "memory",
         f"out of memory with {field}={getattr(args, field)} (the longest batch: {rows} targets of {width} tokens) or "
         f"per_device_eval_batch_tokens={args.per_device_eval_batch_tokens}: lower them, and raise "
-        "gradient_accumulation_steps by as much",
+        "gradient_accumulation_steps by the same factor",
     )
 
 
 def time_evaluation(trainer: TranslationTrainer) -> float:
     """
-    Estimates the seconds of one evaluation from one of its batches, the middle one by length.
+    Estimates the seconds of one evaluation from its batch of median length.
 
     An untrained model does not end its sentences, so they are cut at the length of the longest reference.
     """
@@ -161,7 +161,7 @@ def time_evaluation(trainer: TranslationTrainer) -> float:
 
 
 def memory_findings(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch) -> Iterator[Finding]:
-    """The peak memory, and the activations' share of it."""
+    """Reports the peak memory and the activations' part of it."""
     device = trainer.args.device
     state = sum(
         value.nbytes
@@ -184,13 +184,14 @@ def memory_findings(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch)
         ok("memory", said)
         if share <= NEARLY_FULL
         else warning(
-            "memory", f"{said}: lower per_device_train_batch_tokens, and raise gradient_accumulation_steps by as much"
+            "memory",
+            f"{said}: lower per_device_train_batch_tokens, and raise gradient_accumulation_steps by the same factor",
         )
     )
 
 
 def time_findings(run: Run, plan: Plan, seconds: list[float], evaluation: float) -> Iterator[Finding]:
-    """The estimated time of the run, without the final scoring."""
+    """Estimates the time of the run, without the final scoring."""
     update = statistics.median(seconds[1:])
     evaluations = occasions(run.recipe.training, "eval", plan)
     total = plan.updates * update + evaluations * evaluation
@@ -198,5 +199,5 @@ def time_findings(run: Run, plan: Plan, seconds: list[float], evaluation: float)
     yield ok(
         "time",
         f"{update:.3g} s an update (median of {TIMED}; the longest batch {seconds[0]:.3g} s), {rate:,.0f} target "
-        f"tokens a second; {evaluation:.3g} s an evaluation; about {tqdm.format_interval(total)} (h:m:s) in all",
+        f"tokens a second; {evaluation:.3g} s an evaluation; about {tqdm.format_interval(total)} (h:m:s) in total",
     )

@@ -138,8 +138,8 @@ class TranslationTrainer(StreamingTrainer):
         if Path(resume_from_checkpoint, f"{FSDP_MODEL_NAME}.bin").exists() != self.is_fsdp_enabled:
             written, now = ("without", "with") if self.is_fsdp_enabled else ("with", "without")
             raise RecipeError(
-                f"{resume_from_checkpoint} was written {written} FSDP, but this run is {now} it: start it with the same "
-                "command as before"
+                f"{resume_from_checkpoint} was written {written} FSDP, but this run is {now} it: resume it with the "
+                "command that started it"
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -1,1 +1,1 @@
-"""`vanilla-transformer benchmark`: this package beside its peers. docs/benchmarks.md says what is measured."""
+"""`vanilla-transformer benchmark`: compares this package with others. docs/benchmarks.md explains the measurements."""

@@ -1,4 +1,4 @@
-"""What this machine lacks, in words: the contenders that it cannot measure are left out by name."""
+"""Finds the contenders that cannot be measured on this machine, and the reasons."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -14,31 +14,31 @@ from .contenders import Contender
 
 def leave_out(found: Sequence[Contender], why_not: Callable[[Contender], str | None]) -> list[Contender]:
     """
-    Those that this machine can measure. The others are printed, each with the reason.
+    The contenders that can be measured here. The others are printed, each with the reason.
 
     Raises:
-        UserError: none is left.
+        UserError: no contender is left.
     """
     reasons = {contender: why_not(contender) for contender in found}
     for contender, reason in reasons.items():
         if reason:
             print(f"left out: {contender}: {reason}", flush=True)
     if all(reasons.values()):
-        raise UserError("no contender is left")
+        raise UserError("no contender can be measured on this machine")
     return [contender for contender, reason in reasons.items() if not reason]
 
 
 def why_not_trained(contender: Contender) -> str | None:
-    """Why this machine does not train like this, in words; None if it does."""
+    """The reason why this contender cannot train on this machine; None if it can."""
     if contender.side == "Marian C++":
-        return "it would have the CPU where the others have the GPU" if torch.cuda.is_available() else why_no_marian()
+        return "it would use the CPU, but the others use the GPU" if torch.cuda.is_available() else why_no_marian()
     if torch.cuda.is_available() or is_native(contender.dtype, torch.device("cpu")):
         return None
-    return f"this processor has no instructions for {contender.dtype}, and emulates them"
+    return f"this processor has no instructions for {contender.dtype}, and would emulate it"
 
 
 def why_not_translated(contender: Contender) -> str | None:
-    """Why this machine does not translate like this, in words; None if it does."""
+    """The reason why this contender cannot translate on this machine; None if it can."""
     if contender.side == "ctranslate2":
         return why_no_ctranslate2(contender.dtype)
     if contender.side == "Marian C++":
@@ -52,22 +52,22 @@ def why_not_translated(contender: Contender) -> str | None:
 
 
 def why_no_marian() -> str | None:
-    """None where Marian is installed."""
+    """How to install Marian; None if it is installed."""
     return None if importlib.util.find_spec("pymarian") else "pip install pymarian (a download of 600 MB)"
 
 
 def why_no_ctranslate2(compute_type: str) -> str | None:
-    """None where CTranslate2 is installed and computes so."""
+    """The reason why CTranslate2 cannot compute in this type; None if it can."""
     if importlib.util.find_spec("ctranslate2") is None:
         return "pip install '.[bench]'"
     import ctranslate2
 
     found = ctranslate2.get_supported_compute_types("cpu")
-    return None if compute_type in found else f"CTranslate2 has only {', '.join(sorted(found))} on this processor"
+    return None if compute_type in found else f"CTranslate2 supports only {', '.join(sorted(found))} here"
 
 
 def why_no_program() -> str | None:
-    """None where the compiled program can be had, which is compiled if need be."""
+    """The reason why there is no compiled program; None if there is one. It is compiled first if necessary."""
     try:
         load()
     except ProgramError as error:

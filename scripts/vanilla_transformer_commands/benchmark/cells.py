@@ -1,10 +1,10 @@
-"""What is compared: sizes of networks to train, and searches to translate by. Needs no library, as --help does."""
+"""The cells of the comparison: network sizes for training, searches for translating. Imports no library, for --help."""
 
 from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """One size to compare at: a recipe, and how many updates warm a contender up and make a round."""
+    """A network size: its recipe, and the number of updates of the warm-up and of a round."""
 
     recipe: list[str]
     warmup: int
@@ -20,9 +20,9 @@ CELLS = {
     "base": Cell(["wmt14_en_de_base.yaml", *RANDOM_TEXT], warmup=1, updates=2),
     "big": Cell(["wmt14_en_de_big.yaml", *RANDOM_TEXT], warmup=1, updates=2),
 }
-# `decode`: width of the beam and sentences that are translated together.
+# For `decode`: the number of beams, and of sentences in a batch.
 SEARCHES = {"1x1": (1, 1), "4x1": (4, 1), "4x16": (4, 16), "1x32": (1, 32), "4x64": (4, 64)}
-# With --memory: other source lengths and beams, a few new tokens.
+# For --memory: other source lengths and beams, and only a few new tokens.
 MEMORY_LENGTHS, MEMORY_BEAMS, MEMORY_BATCH, MEMORY_NEW_TOKENS = (32, 128, 512), (1, 4, 8), 8, 8
-# Of a test set, cells of one sentence at a time translate only the first, and the largest cell has its BLEU measured.
+# With a test set, cells of batch 1 translate only the first sentences, and BLEU is computed in one cell.
 SPEED_SENTENCES, BLEU_CELL = 100, "4x64"

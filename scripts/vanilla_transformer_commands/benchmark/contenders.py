@@ -1,10 +1,10 @@
-"""Who is measured: this package and its peers, each in a type of numbers. Needs no library, as --help does."""
+"""The contenders: this package and its peers, each in a data type. Imports no library, for --help."""
 
 from typing import Any, NamedTuple
 
 
 class Contender(NamedTuple):
-    """Who works, and how. `same_batches` gives the peer our batches instead of those that its Trainer makes."""
+    """A program and its data type. With `same_batches` the peer gets our batches instead of those of its Trainer."""
 
     side: str
     dtype: str
@@ -27,14 +27,14 @@ DECODERS = {
         *(Contender("ctranslate2", dtype) for dtype in ("float32", "int8")),
     )
 }
-# What the others' speed is divided by: the fastest of these.
+# The peers in tables of ratios -> the contenders of which the fastest counts.
 PEERS = {
     "CTranslate2 int8": ["ctranslate2 int8"],
     "CTranslate2 float32": ["ctranslate2 float32"],
     "MarianMTModel": ["MarianMTModel float32", "MarianMTModel bfloat16"],
     "Marian C++": ["Marian C++ float32", "Marian C++ intgemm8", "Marian C++ packed8"],
 }
-# Bytes of a weight, and the type that the machine's rate of products is measured in.
+# Bytes of a weight, and the type in which the machine's rate of products is measured.
 TYPES = {
     "float32": (4, "float32"),
     "bfloat16": (2, "bfloat16"),
@@ -45,5 +45,5 @@ TYPES = {
 
 
 def contender_name(entry: dict[str, Any]) -> str:
-    """The contender of an entry in the JSON, as the tables name it."""
+    """The name of an entry's contender, as in the tables."""
     return str(Contender(*(entry[name] for name in Contender._fields)))

@@ -1,4 +1,4 @@
-"""Tokenizers and rows of ids that every contender reads."""
+"""The tokenizer and the rows of ids that all contenders read."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from .recipes import parse
 
 
 def prepare(argv: list[str], folder: Path) -> Any:
-    """Writes the tokenizer and rows of ids that every contender reads. Returns the tokenizer."""
+    """Writes the tokenizer and the rows of ids that all contenders read. Returns the tokenizer."""
     datasets.disable_progress_bars()
     recipe = parse(argv)
     if recipe.data.dataset:
-        # The recipe's own data is too large to fetch for a measurement of speed.
+        # The recipe's own data is too large to download for a measurement of speed.
         tokenizer, rows = random_text(recipe.tokenizer.vocab_size)
     else:
         recipe.data.test_file = None
@@ -36,7 +36,7 @@ def prepare(argv: list[str], folder: Path) -> Any:
 
 
 def random_text(vocab_size: int) -> tuple[Any, dict[str, Any]]:
-    """A tokenizer of `vocab_size` words, and rows of `LENGTH` random tokens on both sides, the last of them eos."""
+    """A tokenizer of `vocab_size` words, and rows of `LENGTH` random tokens on both sides, each with eos at the end."""
     tokenizer, rows = word_tokenizer(vocab_size), 8 * GPU_FACTOR * SENTENCES
     columns = {name: random_ids(tokenizer, rows, LENGTH) for name in ENCODED}
     return tokenizer, {"train": Dataset.from_dict(columns, features=ENCODED)}
@@ -51,7 +51,7 @@ def word_tokenizer(vocab_size: int) -> Any:
 
 
 def random_ids(tokenizer: Any, rows: int, length: int) -> list[list[int]]:
-    """Rows of random tokens, the last of them eos."""
+    """Rows of random tokens, each with eos at the end."""
     ids = torch.randint(len(tokenizer.all_special_ids), len(tokenizer), (rows, length))
     ids[:, -1] = tokenizer.eos_token_id
     return ids.tolist()

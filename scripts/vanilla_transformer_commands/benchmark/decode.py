@@ -1,4 +1,4 @@
-"""`vanilla-transformer benchmark decode`: speed and memory of translating beside transformers, Marian, CTranslate2."""
+"""`vanilla-transformer benchmark decode`: compares speed and memory with transformers, Marian and CTranslate2."""
 
 import argparse
 import statistics
@@ -31,13 +31,13 @@ from .turns import Worker, take_turns
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Measures every cell, prints a table of each, and writes the JSON."""
-    # 1. what to do; what is wrong is said before anything is measured
+    """Measures all cells, prints a table for each, and writes the JSON file."""
+    # 1. the options; errors are reported before anything is measured
     check_machine(options)
     if options.model and not options.multi30k_dir:
         raise UserError(f"--model translates the test set of {MULTI30K}")
     if options.memory and (options.model or options.cells):
-        raise UserError("--memory has cells of its own, of random text: leave --model and --cells out")
+        raise UserError("--memory has its own cells with random text: leave --model and --cells out")
     of_memory = ["ours float32", "ours float32, compiled", "stock float32"]
     names = options.contenders or (of_memory if options.memory else list(DECODERS))
     recipe = recipe_of("tiny" if options.model else "base", options)
@@ -59,7 +59,7 @@ def compare(options: argparse.Namespace) -> None:
 def prepare_translation(
     argv: list[str], folder: Path, options: argparse.Namespace
 ) -> tuple[Any, Any, str, dict[str, dict[str, Any]]]:
-    """The model, its tokenizer, their folder, which is written unless it is the user's, and the cells' tasks."""
+    """The model, its tokenizer, their folder, and the tasks of the cells. A random model is written to `folder`."""
     recipe = parse(argv)
     if options.model:
         recipe.data.train_file = recipe.data.validation_file = None
@@ -67,7 +67,7 @@ def prepare_translation(
         model, tokenizer = load_model(options.model)
         eos = model.generation_config.eos_token_id
         if not isinstance(eos, int):
-            raise UserError(f"--model {options.model} has eos_token_id={eos}, and its peers end sentences by one token")
+            raise UserError(f"--model {options.model} has eos_token_id={eos}, but the peers support only one such id")
         tasks = tasks_of_text(tokenizer, pairs, recipe.decoding.bleu_tokenize, options.cells or list(SEARCHES))
         return model, tokenizer, options.model, tasks
     set_seed(recipe.training.seed)
@@ -80,16 +80,16 @@ def prepare_translation(
 
 def why_not_converted(model: Any, tokenizer: Any, folder: Path, ends: bool, contender: Contender) -> str | None:
     """
-    Converts the model for a peer. One that has a format of its own finds it in `folder`.
+    Converts the model for a peer. A peer with a format of its own finds the model in `folder`.
 
     Args:
         model, tokenizer: ours.
-        folder: where to.
-        ends: whether Marian may end a sentence; else the outputs are as long as they may be.
+        folder: where to write the converted model.
+        ends: whether Marian may end a sentence. Otherwise all outputs have the maximum length.
         contender: the peer.
 
     Returns:
-        What the peer has not, in words; None if it can be used.
+        What the peer does not support; None if it can be used.
     """
     try:
         if contender.side == "ctranslate2" and not (folder / "ctranslate2").exists():
@@ -106,12 +106,12 @@ def why_not_converted(model: Any, tokenizer: Any, folder: Path, ends: bool, cont
 def measure_translation(
     cell: str, job: dict[str, Any], found: list[Contender], model: Any, rounds: int
 ) -> dict[str, Any]:
-    """Rounds in which each contender translates the same sentences, after a turn that is not timed."""
+    """Rounds in which each contender translates the same sentences, after one turn that is not timed."""
     task, entries = job["task"], []
     limits = measure_limits({TYPES[contender.dtype][1] for contender in found})
     jobs = [job | {"contender": contender} for contender in found]
     # Translating is measured on the CPU.
-    starts = [partial(Worker, told, job["threads"], CUDA_VISIBLE_DEVICES="") for told in jobs]
+    starts = [partial(Worker, each, job["threads"], CUDA_VISIBLE_DEVICES="") for each in jobs]
     for contender, (first, *reported) in zip(found, take_turns(cell, starts, rounds), strict=True):
         least = least_seconds(model, task, first.pop("lengths"), contender.dtype, limits)
         entry = {**contender._asdict(), "rounds": reported, **first}

@@ -1,4 +1,4 @@
-"""How fast the machine could be at best: its rates, and the operations and bytes that the work needs."""
+"""The machine's limits: its measured rates, and the operations and bytes that the work needs at least."""
 
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ MATMUL_SECONDS = 0.5
 
 
 def matmul_rate(dtype: str) -> float:
-    """Floating-point operations a second of a large matrix product, as the machine gives them now."""
+    """Floating-point operations per second of a large matrix product, measured now."""
     size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
     a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
     linear(a, b)
@@ -30,8 +30,8 @@ def matmul_rate(dtype: str) -> float:
 
 def training_flops(config: Any, lengths: list[tuple[int, int]]) -> float:
     """
-    Floating-point operations of the matrix products that one update needs: two for each weight and token that meet,
-    and those of the attention, once forward and twice backward. Padding needs none, so it counts as waste.
+    Floating-point operations of the matrix products in one update: two for each weight and each token that it is
+    multiplied by, and those of the attention, once forward and twice backward. Work on padding is not counted.
 
     Args:
         config: ours or Marian's.
@@ -48,28 +48,28 @@ def training_flops(config: Any, lengths: list[tuple[int, int]]) -> float:
 
 
 def measure_limits(types: set[str]) -> dict[str, float]:
-    """What all threads reach now: bytes a second of memory, and operations a second of products in each type."""
+    """The rates of all threads, measured now: bytes per second of memory, operations per second of products by type."""
     size = 2048
     states, weight, bias = torch.randn(size, size), torch.randn(size, size), torch.zeros(size)
     rates = {}
     for name in {*types, "float32"}:
         product = pack_linear(weight, bias, name)
         rates[name] = 2 * size**3 / fastest(partial(product, states), MATMUL_SECONDS)
-    # Where torch has no fast product in few bits, float32's is what is known to be reached.
+    # If torch has no fast product in a narrow type, its limit is at least float32's rate.
     return {"bytes": read_rate(), **{name: max(rate, rates["float32"]) for name, rate in rates.items()}}
 
 
 def least_seconds(model: Any, task: dict[str, Any], lengths: list[int], dtype: str, limits: dict[str, float]) -> float:
     """
-    Seconds that the task takes by the machine's limits alone: weights are read once for the sources of a batch and
-    once for each of its steps, and multiplied by all rows of states; the slower of both counts.
+    The least time in seconds that the task takes on a machine with these limits. Weights are read once for the sources
+    of a batch and once for each step, and multiplied by all rows of states; the slower of both counts.
 
     Args:
-        model: ours. Attention and caches are left out.
-        task: its sentences, in batches of its size.
-        lengths: tokens of each output. Sentences that are finished need nothing.
-        dtype: what products are computed in.
-        limits: of `measure_limits`.
+        model: ours. Attention and caches are ignored.
+        task: the sentences, and the batch size.
+        lengths: tokens of each output. Finished sentences need no operations.
+        dtype: the type of the products.
+        limits: the result of `measure_limits`.
     """
     once, step = count_weights(model)
     size, rate = TYPES[dtype]
@@ -87,7 +87,7 @@ def least_seconds(model: Any, task: dict[str, Any], lengths: list[int], dtype: s
 
 
 def count_weights(model: Any) -> tuple[int, int]:
-    """Weights that the sources of a batch are multiplied by, and those of a step."""
+    """The number of weights that the sources of a batch are multiplied by, and the number of those of a step."""
     sizes = [0, model.lm_head.weight.numel()]
     for name, weight in model.model.named_parameters():
         if ".layers." in name and weight.dim() == 2:

@@ -1,4 +1,4 @@
-"""What contenders have learned after the same tokens."""
+"""Compares the losses of contenders after the same number of tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def measure_losses(trainer: Any, folder: Path, loss_tokens: int) -> dict[str, An
     """Trains for `loss_tokens` target tokens, to the end of the update that reaches them."""
 
     class Limit(TrainerCallback):
-        """Counts, and stops."""
+        """Counts target tokens, and stops at the limit."""
 
         tokens = 0
 
@@ -34,10 +34,10 @@ def measure_losses(trainer: Any, folder: Path, loss_tokens: int) -> dict[str, An
 
 def validation_loss(trainer: Any, rows: Any) -> dict[str, float]:
     """
-    Nats per target token of `rows`, plain and smoothed. One way for every contender: float32, without dropout,
-    `torch.nn.functional.cross_entropy`.
+    Nats per target token of `rows`, plain and smoothed. The computation is the same for all contenders: float32, no
+    dropout, `torch.nn.functional.cross_entropy`.
     """
-    # Without the autocast that training has wrapped it in.
+    # Removes training's autocast.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     collate = DataCollatorForSeq2Seq(trainer.processing_class)
     smoothings = {"nll": 0.0, "smoothed": trainer.args.label_smoothing_factor or model.config.label_smoothing}

@@ -1,4 +1,4 @@
-"""Marian, the C++ program: its training and its files."""
+"""Runs Marian, the C++ program, and converts models to its format."""
 
 import re
 import subprocess
@@ -17,17 +17,17 @@ from .limits import training_flops
 from .trainers import build_contender
 
 
-# The program is not a package that scripts can ask for its progress: it logs each update.
+# A line of Marian's log; it has no other way to report its progress.
 MARIAN_UPDATE = re.compile(r"Up\. (\d+) : Sen\. [\d,]+ : Cost \S+ \* ([\d,]+) @")
 
 
 def marian_command(*words: Any) -> list[str]:
-    """The command line of Marian's program, which Python's package holds."""
+    """A command line of Marian's program, which the package pymarian contains."""
     return [sys.executable, "-c", "import sys, _pymarian; sys.exit(_pymarian.main(sys.argv[1:]))", *map(str, words)]
 
 
 def convert_for_marian(model: Any, tokenizer: Any, folder: Path, ends: bool, dtype: str) -> str | None:
-    """Writes weights and vocabulary, and the weights in `dtype`. Returns why Marian cannot compute so, in words."""
+    """Writes vocabulary and weights, also in `dtype`. Returns the reason if Marian cannot compute in `dtype`."""
     config = model.config
     if not folder.exists():
         folder.mkdir()
@@ -35,11 +35,11 @@ def convert_for_marian(model: Any, tokenizer: Any, folder: Path, ends: bool, dty
         write_vocabulary(len(tokenizer), config.eos_token_id, tokenizer.unk_token_id, folder / "vocabulary.txt")
     if dtype == "float32":
         return None
-    # Its products in 8 bits take blocks of 64 inputs and of 8 outputs, and do not check it.
+    # Its 8-bit products need multiples of 64 inputs and 8 outputs, and do not check this.
     if any(size % 64 for size in (config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim)) or (
         config.decoder_vocab_size % 8
     ):
-        return "it needs widths that 64 divides, and a vocabulary that 8 divides"
+        return "it needs widths that are multiples of 64, and a vocabulary that is a multiple of 8"
     wide = torch.cpu.get_capabilities().get("avx512_bw")
     form = {"intgemm8": "intgemm8", "packed8": "packed8avx512" if wide else "packed8avx2"}[dtype]
     arguments = ["--from", folder / "float32.npz", "--to", folder / f"{dtype}.bin", "--gemm-type", form]
@@ -55,7 +55,7 @@ def train_marian(
     warmup: int,
     updates: int,
 ) -> None:
-    """Marian's turns, each a run of its own of `warmup` and `updates` updates, with about as many words as ours."""
+    """Runs Marian's turns: each is a new run of `warmup` + `updates` updates, of about as many words as ours."""
     trainer = build_contender(argv, folder, Contender("ours", "float32"))
     rows, eos = trainer.train_dataset, trainer.processing_class.eos_token_id
     lengths = [(len(row["input_ids"]), len(row["labels"])) for row in rows]
@@ -76,7 +76,7 @@ def train_marian(
 
 
 def marian_training(trainer: Any, folder: Path, threads: int, words: int) -> list[str]:
-    """The command line that trains what our Trainer trains, on texts that are ids."""
+    """The command line for training the same network as our Trainer, on texts whose words are ids."""
     args, config, tokenizer = trainer.args, trainer.model.config, trainer.processing_class
     write_vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id, folder / "vocabulary.txt")
     shared = config.share_encoder_decoder_embeddings and config.tie_word_embeddings
@@ -99,19 +99,19 @@ def marian_training(trainer: Any, folder: Path, threads: int, words: int) -> lis
         "optimizer-params": [args.adam_beta1, args.adam_beta2, args.adam_epsilon],
         "clip-norm": args.max_grad_norm,
         "seed": args.seed,
-        # It grows as far as an update needs.
+        # In MiB; it grows if an update needs more.
         "workspace": 512,
         "disp-freq": "1u",
     }
     words_of = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
-    # Both halves of a batch at once, one update by their sum.
+    # --sync-sgd: the threads share a batch, and their gradients are summed.
     return marian_command(
         "train", "--sync-sgd", *(word for name, values in words_of.items() for word in (f"--{name}", *values))
     )
 
 
 def time_marian(command: list[str], warmup: int, updates: int) -> tuple[float, int]:
-    """Seconds of the updates after the warm-up, and their target words. What it says is logged in vain otherwise."""
+    """Seconds of the updates after the warm-up, and their target words. Marian's log goes to standard error."""
     seconds, words, started = 0.0, 0, 0.0
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -124,7 +124,7 @@ def time_marian(command: list[str], warmup: int, updates: int) -> tuple[float, i
                 if number == warmup + updates:
                     seconds = now - started
                     break
-        # It would save its model.
+        # It would otherwise save its model.
         process.kill()
     if not seconds:
         raise SystemExit("Marian ended before its last update")

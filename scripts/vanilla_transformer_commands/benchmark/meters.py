@@ -1,4 +1,4 @@
-"""Clock and memory of this process."""
+"""Measures time and memory of this process."""
 
 import ctypes
 import gc
@@ -10,19 +10,19 @@ import torch
 
 
 def reset_peak() -> int:
-    """Bytes that the process holds now, after what was freed is given back. The peak is counted from here."""
+    """Returns freed memory to the system and resets the peak. Returns the bytes that the process holds now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        # What was freed goes back to the system, and "5" resets the peak (man 5 proc).
+        # "5" resets the peak (man 5 proc).
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 
 
 def memory(which: str) -> int:
-    """Bytes that the process holds ("VmRSS"), or the most it has held ("VmHWM"); on a GPU those of its tensors."""
+    """Bytes that the process holds now ("VmRSS") or at its peak ("VmHWM"); on a GPU, the bytes of its tensors."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() if which == "VmRSS" else torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -30,7 +30,7 @@ def memory(which: str) -> int:
 
 
 def clock() -> float:
-    """Seconds, after everything that was asked of the GPU is done."""
+    """The time in seconds, after the GPU has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

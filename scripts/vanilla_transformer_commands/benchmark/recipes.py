@@ -12,16 +12,16 @@ from vanilla_transformer.training.settings.recipe import parse_recipe
 from .cells import CELLS, GPU_FACTOR, LENGTH, SENTENCES
 
 
-# Only training is measured, update by update.
+# Turns off everything but the updates, so that only they are measured.
 TRAINING_ALONE = shlex.split(
     "--gradient_accumulation_steps 1 --eval_strategy no --load_best_model_at_end false "
     "--report_to none --disable_tqdm true --logging_steps 10"
 )
-MULTI30K = "Multi30k (https://github.com/multi30k/dataset): name its folder by --multi30k_dir or MULTI30K_DIR"
+MULTI30K = "Multi30k (https://github.com/multi30k/dataset): give its folder with --multi30k_dir or MULTI30K_DIR"
 
 
 def recipe_of(name: str, options: argparse.Namespace) -> list[str]:
-    """The cell's command line for `training.train`, with the user's fields last. Raises UserError if it is wrong."""
+    """The cell's command line for `training.train`, then the user's fields. Raises UserError for invalid fields."""
     recipe = [*CELLS[name].recipe, *TRAINING_ALONE]
     if name == "tiny":
         recipe += ["--data_dir", options.multi30k_dir]
@@ -33,9 +33,9 @@ def recipe_of(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def parse(argv: list[str]) -> Any:
-    """The recipe, without checkpoints and without what the peer's Trainer has not."""
+    """The recipe, without checkpoints and without features that the peer's Trainer does not have."""
     recipe = parse_recipe(argv)
-    # Not by --save_strategy: a recipe that averages checkpoints would be refused.
+    # Set here and not with --save_strategy, which is an error in recipes that average checkpoints.
     recipe.training.save_strategy = SaveStrategy.NO
     recipe.training.ema_decay, recipe.training.r_drop_alpha, recipe.data.bpe_dropout = None, 0.0, 0.0
     return recipe

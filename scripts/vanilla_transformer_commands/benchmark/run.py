@@ -1,4 +1,4 @@
-"""The start of a measurement, and its end: what the machine is, what is written."""
+"""Checks the machine before a measurement, and prints and writes the results."""
 
 import argparse
 import importlib.metadata
@@ -18,20 +18,20 @@ from vanilla_transformer.training.files import make_sure_of_file, write_beside
 
 
 def check_machine(options: argparse.Namespace) -> None:
-    """Raises UserError if nothing can be measured or written here, and sets the number of threads."""
+    """Sets the number of threads. Raises UserError if measuring or writing the output is impossible here."""
     if sys.platform != "linux":
-        raise UserError(f"memory is read from /proc, which {sys.platform} has not: run this on Linux")
+        raise UserError(f"memory is read from /proc, which {sys.platform} does not have: run this on Linux")
     if options.output:
         make_sure_of_file("output", options.output)
     cores = len(os.sched_getaffinity(0))
     options.threads = options.threads or cores
     if options.threads > cores:
-        raise UserError(f"threads={options.threads} would wait for each other: this process has {cores} cores")
+        raise UserError(f"threads={options.threads} is more than the {cores} cores of this process: lower it")
     torch.set_num_threads(options.threads)
 
 
 def check_preload(library: str | None) -> None:
-    """Raises UserError if the loader finds no such library: it only warns, and goes on without it."""
+    """Raises UserError if the library cannot be loaded. The system's loader only prints a warning."""
     environment = {**os.environ, "LD_PRELOAD": library or ""}
     loaded = subprocess.run([sys.executable, "-S", "-c", ""], env=environment, capture_output=True)
     if warning := loaded.stderr.decode(errors="replace").strip():
@@ -39,7 +39,7 @@ def check_preload(library: str | None) -> None:
 
 
 def about_this_run(options: argparse.Namespace, machine: str) -> dict[str, Any]:
-    """What a reader needs in order to repeat it. The machine and torch's version are printed."""
+    """What a reader needs to repeat the measurement. Prints the machine and torch's version."""
     packages = ["vanilla-transformer", "torch", "transformers", "datasets", "accelerate"]
     packages += [name for name in ("ctranslate2", "pymarian") if importlib.util.find_spec(name)]
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -54,7 +54,7 @@ def about_this_run(options: argparse.Namespace, machine: str) -> dict[str, Any]:
 
 
 def tell(name: str, table: str, results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Prints a cell's table and writes the JSON: a long run that is stopped keeps what it has measured."""
+    """Prints a cell's table and writes the JSON file, so that a stopped run keeps its measurements."""
     print(f"\n{name}\n{table}", flush=True)
     if options.output:
         write_beside(options.output, json.dumps(results, indent=1) + "\n")

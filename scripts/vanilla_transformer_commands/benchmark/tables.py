@@ -1,4 +1,4 @@
-"""What is printed."""
+"""The tables that the benchmark prints."""
 
 import statistics
 from typing import Any
@@ -7,7 +7,7 @@ from .contenders import contender_name
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Rows under the heads that are their keys, in columns as wide as they need to be, the first one to the left."""
+    """A table of `rows`, whose keys are the headers. The first column is left-aligned, the others right-aligned."""
     lines = [[*rows[0]], *([*row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[word.rjust(width) for word, width in zip(line, widths, strict=True)] for line in lines]
@@ -17,12 +17,12 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def in_mib(size: int | None) -> str:
-    """Bytes in MiB, or a dash for what is not known."""
+    """Bytes in MiB, or a dash if unknown."""
     return "-" if size is None else f"{size / 2**20:,.0f}"
 
 
 def speed_table(result: dict[str, Any]) -> str:
-    """One line for each contender, and the ceilings."""
+    """One line for each contender, then the machine's limits."""
     rows = [
         {
             "": contender_name(entry),
@@ -56,7 +56,7 @@ def loss_table(result: dict[str, Any]) -> str:
 
 
 def decoding_table(result: dict[str, Any]) -> str:
-    """One line for each contender; memory is what was taken beyond what the process held before, and all."""
+    """One line for each contender. Memory is the increase while decoding, and the total."""
     step, parts = ("step", result["new_tokens"]) if result["new_tokens"] else ("sentence", result["sentences"])
     return table([
         {

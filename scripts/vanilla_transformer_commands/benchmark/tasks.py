@@ -1,4 +1,4 @@
-"""What is translated: sentences, beams, batches."""
+"""The tasks of `decode`: sentences, beams and batches."""
 
 import argparse
 from typing import Any
@@ -17,7 +17,7 @@ from .data import random_ids
 
 
 def random_tasks(tokenizer: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Cells of one batch of random text, which becomes an output of fixed length."""
+    """Tasks of one batch of random text, with outputs of fixed length."""
     if options.memory:
         cells = {
             f"source {length}, beam {beams}": (beams, MEMORY_BATCH, length, MEMORY_NEW_TOKENS)
@@ -33,7 +33,7 @@ def random_tasks(tokenizer: Any, options: argparse.Namespace) -> dict[str, dict[
 
 
 def tasks_of_text(tokenizer: Any, pairs: Any, bleu_tokenize: str, cells: list[str]) -> dict[str, dict[str, Any]]:
-    """Cells of a test set, the longest sentences first."""
+    """Tasks of a test set, the longest sentences first."""
     sources, references = tokenizer(list(pairs["source"]))["input_ids"], list(pairs["target"])
     tasks = {}
     for cell in cells:

@@ -1,4 +1,4 @@
-"""`vanilla-transformer benchmark train`: speed of training, or what is learned, beside MarianMTModel and Marian."""
+"""`vanilla-transformer benchmark train`: compares training speed, or losses, with MarianMTModel and Marian."""
 
 import argparse
 import statistics
@@ -28,15 +28,15 @@ from .turns import Worker, take_turns
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Measures every cell, prints a table of each, and writes the JSON."""
-    # 1. what to do; what is wrong is said before anything is measured
+    """Measures all cells, prints a table for each, and writes the JSON file."""
+    # 1. the options; errors are reported before anything is measured
     check_machine(options)
     everything = ["tiny"] if options.loss_tokens else ["tiny", "base"] + ["big"] * torch.cuda.is_available()
     cells = options.cells or everything
     if options.loss_tokens and cells != ["tiny"]:
         raise UserError("--loss_tokens compares the losses of tiny, which has real text: leave --cells out")
     if "tiny" in cells and not options.multi30k_dir:
-        raise UserError(f"the cell tiny needs {MULTI30K}, or leave the cell out by --cells base")
+        raise UserError(f"the cell tiny needs {MULTI30K}, or leave the cell out with --cells base")
     check_preload(options.preload)
     recipes = {name: recipe_of(name, options) for name in cells}
 
@@ -53,7 +53,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def trained(of_losses: bool) -> list[Contender]:
-    """Those that are compared by speed, on a GPU compiled too; or by losses."""
+    """The contenders of a comparison by speed (on a GPU also compiled) or by losses."""
     both = "ours", "MarianMTModel"
     if of_losses:
         ours = [Contender("ours", dtype) for dtype in ("bfloat16", "float32")]
@@ -67,17 +67,17 @@ def trained(of_losses: bool) -> list[Contender]:
 def start(
     contender: Contender, recipe: list[str], folder: Path, options: argparse.Namespace, max_steps: int, **orders: int
 ) -> Worker:
-    """A worker that trains as `contender` does."""
+    """A worker that trains like `contender`."""
     bf16 = contender.dtype == "bfloat16"
-    told = {"output_dir": folder, "max_steps": max_steps, "bf16": bf16, "torch_compile": contender.compiled}
-    argv = recipe + [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    fields = {"output_dir": folder, "max_steps": max_steps, "bf16": bf16, "torch_compile": contender.compiled}
+    argv = recipe + [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     job = {"recipe": argv, "folder": str(folder), "contender": contender, "orders": orders, "threads": options.threads}
     preloaded = contender.side == "ours" and options.preload
     return Worker(job, options.threads, **({"LD_PRELOAD": options.preload} if preloaded else {}))
 
 
 def why_not_held(model: Any, contender: Contender) -> str | None:
-    """What of our `model` the peer does not have, in words; None if it has all."""
+    """The setting of our `model` that the peer does not support; None if it supports all."""
     try:
         if contender.side == "MarianMTModel":
             to_marian(model)
@@ -91,10 +91,10 @@ def why_not_held(model: Any, contender: Contender) -> str | None:
 def compare_speed(
     cell: str, recipe: list[str], folder: Path, options: argparse.Namespace, found: list[Contender]
 ) -> dict[str, Any]:
-    """Rounds in which each contender takes its turn after the machine's ceilings are measured."""
+    """Rounds in which the machine's limits are measured, then each contender in turn."""
     warmup, updates = options.warmup or CELLS[cell].warmup, options.updates or CELLS[cell].updates
     orders = {"max_steps": warmup + options.rounds * updates, "warmup": warmup, "updates": updates}
-    # Batches of many shapes would be compiled again and again.
+    # tiny has batches of many shapes, and each would be compiled.
     found = [contender for contender in found if not (contender.compiled and cell == "tiny")]
     ceilings: dict[str, list[float]] = {contender.dtype: [] for contender in found}
 
@@ -103,7 +103,7 @@ def compare_speed(
             rates.append(matmul_rate(dtype))
 
     starts = [partial(start, contender, recipe, folder, options, **orders) for contender in found]
-    # In a last turn they tell what memory they took.
+    # In one more turn they report their memory.
     reports = take_turns(cell, starts, options.rounds + 1, measure_ceilings)
     entries = [
         {**contender._asdict(), "rounds": reported[1:-1], **reported[-1]}
@@ -113,7 +113,7 @@ def compare_speed(
 
 
 def summarise(entries: list[dict[str, Any]], ceilings: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Adds medians over the rounds, their ratios to the peers', and shares of the limit."""
+    """Adds the medians over the rounds, their ratios to those of the peers, and the shares of the limit."""
     for entry in entries:
         rounds = entry["rounds"]
         entry["tokens_per_second"] = statistics.median(turn["tokens"] / turn["seconds"] for turn in rounds)
@@ -135,10 +135,10 @@ def summarise(entries: list[dict[str, Any]], ceilings: dict[str, list[float]]) -
 def compare_losses(
     cell: str, recipe: list[str], folder: Path, options: argparse.Namespace, found: list[Contender]
 ) -> dict[str, Any]:
-    """Losses on the validation text after the same target tokens, from the same weights, by the recipe's schedule."""
+    """Validation losses after the same number of target tokens, from the same weights, with the recipe's schedule."""
     entries = []
     for contender in tqdm(found, desc=f"{cell}, losses", disable=None):
-        # Every update has at least one token, so the tokens end the run before its steps do.
+        # Every update has at least one token, so the run reaches loss_tokens before max_steps.
         orders = {"max_steps": options.loss_tokens, "loss_tokens": options.loss_tokens}
         with start(contender, recipe, folder, options, **orders) as worker:
             entries.append({**contender._asdict(), **worker.report()})

@@ -1,4 +1,4 @@
-"""The Trainers of the contenders, and their speed."""
+"""Builds the Trainers of the contenders, and measures their speed."""
 
 import sys
 from collections import deque
@@ -26,7 +26,7 @@ from .meters import clock, memory, reset_peak
 from .recipes import parse
 
 
-# What the peer's Trainer is told as ours is. All else is stock.
+# Arguments that the peer's Trainer shares with ours. All others have their defaults.
 SHARED_ARGUMENTS = (
     "output_dir", "max_steps", "seed", "bf16", "torch_compile", "use_cpu", "dataloader_pin_memory", "optim",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
@@ -35,7 +35,7 @@ SHARED_ARGUMENTS = (
 
 
 def build_contender(argv: list[str], folder: Path, contender: Contender) -> Any:
-    """The Trainer of the contender, with a collator that notes the lengths of each batch."""
+    """The Trainer of the contender, with a collator that records the lengths of each batch."""
     recipe = parse(argv)
     if contender.side == "ours" and recipe.training.use_cpu:
         hold_memory()  # as train.py does
@@ -50,7 +50,7 @@ def build_contender(argv: list[str], folder: Path, contender: Contender) -> Any:
 
 
 def build_peer(ours: Any, same_batches: bool) -> Any:
-    """transformers' MarianMTModel with our weights in its stock Trainer, with as many rows an update as ours has."""
+    """transformers' MarianMTModel with our weights in the stock Trainer, with as many rows per update as ours."""
     marian = to_marian(ours.model)
     rows, updates = len(ours.train_dataset), len(ours.get_train_dataloader())
     args = Seq2SeqTrainingArguments(
@@ -72,7 +72,7 @@ def build_peer(ours: Any, same_batches: bool) -> Any:
 
 
 class Noting:
-    """A collator that notes the batches which pass through it: source and target length of each row."""
+    """A collator that records the source and target length of each row in each batch."""
 
     def __init__(self, collator: Any):
         self.collator = collator
@@ -84,10 +84,10 @@ class Noting:
 
 
 def measure_speed(trainer: Any, report: Any, warmup: int, updates: int) -> None:
-    """Trains, stopping after the warm-up and every round for the parent's word; then reports the memory it took."""
+    """Trains. Waits for the parent after the warm-up and after each round; at the end reports the memory used."""
 
     class Turns(TrainerCallback):
-        """The loader is ahead of the updates, so each takes the oldest of the noted batches."""
+        """Reports each round. The loader is ahead of the updates, so each update takes the oldest recorded batch."""
 
         def on_step_end(self, args, state, control, **kwargs):
             lengths.extend(trainer.data_collator.batches.popleft())
@@ -98,7 +98,7 @@ def measure_speed(trainer: Any, report: Any, warmup: int, updates: int) -> None:
             report({"seconds": seconds, "tokens": sum(target for _, target in lengths), "flops": flops})
             lengths.clear()
             if not sys.stdin.readline():
-                raise SystemExit("the parent is gone")
+                raise SystemExit("the parent process has ended")
             self.started = clock()
 
     lengths: list[tuple[int, int]] = []
@@ -110,10 +110,10 @@ def measure_speed(trainer: Any, report: Any, warmup: int, updates: int) -> None:
 
 def make_state(trainer: Any) -> int:
     """
-    Makes gradients and the optimizer's state, by an update on one sentence, which also loads the libraries' kernels.
+    Creates gradients and optimizer state with an update on one sentence, which also loads the libraries' kernels.
 
     Returns:
-        Bytes that the process then holds.
+        The bytes that the process holds after that.
     """
     batch = trainer.data_collator([trainer.train_dataset[0]]).to(trainer.args.device)
     trainer.data_collator.batches.clear()

@@ -1,4 +1,4 @@
-"""Each contender's way to translate a task."""
+"""Functions that translate a task with each contender."""
 
 import sys
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from .meters import clock, memory, reset_peak
 
 
 def build_decoder(contender: Contender, model_folder: str, folder: Path, threads: int) -> tuple[Any, Any]:
-    """The tokenizer, and a function that makes of a task a function which translates its sentences into rows of ids."""
+    """The tokenizer, and a function that turns a task into a function that translates it into rows of ids."""
     if contender.side == "ctranslate2":
         import ctranslate2
 
-        # It turns the weights into the other type when it loads them.
+        # It converts the weights to this type when it loads them.
         options = {"compute_type": contender.dtype, "inter_threads": 1, "intra_threads": threads}
         translator = ctranslate2.Translator(str(folder / "ctranslate2"), **options)
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -54,7 +54,7 @@ def build_decoder(contender: Contender, model_folder: str, folder: Path, threads
 
 
 def by_transformers(generate: Any, tokenizer: Any, task: dict[str, Any]) -> Callable[[], list[list[int]]]:
-    """Batches in the order of the sentences; the search that CTranslate2 does."""
+    """Makes batches in the order of the sentences. The search is the one that CTranslate2 has."""
     options = {"num_beams": task["beams"], "min_new_tokens": task["new_tokens"]}
     if task["beams"] > 1:
         options |= {"length_penalty": 1.0, "early_stopping": True}
@@ -74,7 +74,7 @@ def by_transformers(generate: Any, tokenizer: Any, task: dict[str, Any]) -> Call
 
 
 def by_ctranslate2(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Callable[[], list[list[int]]]:
-    """One call: CTranslate2 makes the batches, of sentences of similar length."""
+    """Makes one call: CTranslate2 itself makes batches of sentences of similar length."""
     sources = [tokenizer.convert_ids_to_tokens(row) for row in task["sources"]]
     options = {
         "beam_size": task["beams"],
@@ -93,9 +93,9 @@ def by_ctranslate2(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Cal
 
 
 def by_marian(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Callable[[], list[list[int]]]:
-    """One call for all batches, which are divided among the threads: a batch has one. Single sentences wait in turn."""
+    """Makes one call for all batches; each thread takes a batch. Cells of batch 1 make a call for each sentence."""
     eos, unknown = tokenizer.eos_token_id, str(tokenizer.unk_token_id)
-    # As `write_vocabulary` has it.
+    # As in `write_vocabulary`.
     texts = [" ".join("<unk>" if str(i) == unknown else str(i) for i in row[:-1]) for row in task["sources"]]
     longest = max(map(len, task["sources"]))
     limit = task["new_tokens"] or longest + MAX_EXTRA_TOKENS
@@ -104,7 +104,7 @@ def by_marian(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Callable
         "mini-batch": task["batch"],
         "normalize": 1.0,
         "allow-unk": "true",
-        # The greatest length is a factor of the batch's longest source.
+        # The limit is a multiple of the longest source in the batch.
         "max-length-factor": (limit - 0.5) / longest,
     }
     calls = [[text] for text in texts] if task["batch"] == 1 else [texts]
@@ -118,7 +118,7 @@ def by_marian(translator: Any, tokenizer: Any, task: dict[str, Any]) -> Callable
 
 
 def translate_in_turns(tokenizer: Any, prepare: Any, task: dict[str, Any], report: Any) -> None:
-    """Translates the task's sentences for what that takes and gives, then at every word of the parent for the time."""
+    """Translates the task once and reports memory and outputs, then again for each line from the parent, for time."""
     # One sentence loads the kernels and packs the weights.
     prepare({**task, "sources": task["sources"][:1]})()
     translate, held = prepare(task), reset_peak()

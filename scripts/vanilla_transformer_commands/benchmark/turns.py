@@ -1,4 +1,4 @@
-"""Contenders that take turns, each in a process of its own."""
+"""Runs contenders in turns, each in its own process."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from .contenders import Contender
 
 
 class Worker:
-    """A contender's process. It takes one step for each `go()`, and reports it in one line of JSON."""
+    """A contender's process. Each `go()` makes it take one step and report it in one line of JSON."""
 
     def __init__(self, job: dict[str, Any], threads: int, **environment: str):
         self.log = log = Path(job["folder"]) / f"{Contender(*job['contender'])}.log"
@@ -33,7 +33,7 @@ class Worker:
         self.send(json.dumps(job))
 
     def send(self, line: str) -> None:
-        """One line to the process. That it may have ended is found when its answer is read."""
+        """Sends one line to the process. If it has ended, `report` raises the error."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(line + "\n")
@@ -42,12 +42,12 @@ class Worker:
             pass
 
     def go(self) -> dict[str, Any]:
-        """Lets the process take its next step, and waits for the report."""
+        """Lets the process take its next step, and waits for its report."""
         self.send("")
         return self.report()
 
     def report(self) -> dict[str, Any]:
-        """The next report. Raises UserError with the process's last words if it has ended."""
+        """The next report. Raises UserError with the end of the process's log if it has ended."""
         assert self.process.stdout is not None
         if line := self.process.stdout.readline():
             return json.loads(line)
@@ -65,13 +65,13 @@ class Worker:
 def take_turns(
     cell: str, starts: Sequence[Callable[[], Worker]], rounds: int, before_round: Callable[[], None] = lambda: None
 ) -> list[list[dict[str, Any]]]:
-    """The reports of each worker: one after it has warmed up, and one of each round, in which it takes its turn."""
+    """The reports of each worker: one after its warm-up, then one for each round. Only one worker runs at a time."""
     turns = (rounds + 1) * len(starts)
     with ExitStack() as stack, tqdm(total=turns, desc=f"{cell}, warming up", unit="turns", disable=None) as progress:
         workers, reports = [], []
         for begin in starts:
             workers.append(stack.enter_context(begin()))
-            # One after the other here too: two at a time would be slow, and short of memory.
+            # Also one at a time here: two would be slow and use more memory.
             reports.append([workers[-1].report()])
             progress.update()
         for number in range(rounds):

@@ -1,4 +1,4 @@
-"""A contender's process, `python -m vanilla_transformer_commands.benchmark.worker`: it does the job that it reads."""
+"""A contender's process, `python -m vanilla_transformer_commands.benchmark.worker`: reads a job and does it."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from typing import Any
 
 
 def work() -> None:
-    """Trains or translates as the job on the standard input says, and reports on what was the standard output."""
-    # The Trainer prints its log, which would be taken for reports. So do libraries when they are imported.
+    """Reads a job from standard input, trains or translates, and reports to the original standard output."""
+    # The log of the Trainer, and prints of imported libraries, go to standard error instead.
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from .contenders import Contender

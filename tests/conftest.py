@@ -1,4 +1,4 @@
-"""What the tests share: one tiny model with no parameter at a value that hides a mistake, and batches for it."""
+"""Shared fixtures: a tiny model whose parameters all have values that reveal mistakes, and batches for it."""
 
 import gc
 import importlib.util
@@ -38,7 +38,7 @@ TINY = {
 
 
 def pytest_report_header() -> str:
-    """The first line of a test run says on what it ran."""
+    """The first line of a test run names the machine."""
     return f"processor: {processor()}"
 
 
@@ -52,7 +52,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def wait_for_compiler(monkeypatch) -> None:
-    """The default engine does not depend on how fast the compiler is: `generate()` waits for it."""
+    """`generate()` waits for the compiler, so the default engine does not depend on its speed."""
     monkeypatch.setattr(engine_choice, "load_soon", program.load)
 
 
@@ -64,20 +64,20 @@ def packed_engine(monkeypatch, wait_for_compiler) -> None:
 
 @pytest.fixture
 def small_matrices_in_int8_too(monkeypatch) -> None:
-    """The packed engine rounds matrices with few inputs to int8 too. Tiny networks have no others."""
+    """Lets the packed engine round matrices with few inputs to int8 too, since tiny networks have no others."""
     monkeypatch.setattr(engine_products, "FEW_INPUTS", 0)
 
 
 @pytest.fixture(params=["as this machine does it", "in float32"])
 def way(request, monkeypatch) -> None:
-    """Each type as this machine computes it, and as one without its instructions does."""
+    """Each data type, with this machine's instructions and without them."""
     if request.param == "in float32":
         monkeypatch.setattr(engine_products, "is_native", lambda compute_type, device: compute_type == "float32")
 
 
 @pytest.fixture
 def program_cache(monkeypatch, tmp_path) -> Iterator[Path]:
-    """An empty cache folder for the compiled program, and none loaded in this process."""
+    """An empty cache folder for the compiled program, and no program loaded in this process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     program.forget()
     yield tmp_path / "cache" / "vanilla_transformer"

@@ -16,7 +16,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 
-# Runs code that comes in lines of JSON, and answers with what it calls `answer`, what it printed, and how it failed.
+# Runs code that it reads as lines of JSON. Answers with the code's variable `answer`, its output, and its error.
 PROGRAM = """
 import contextlib, io, json, os, sys, traceback
 
@@ -44,7 +44,7 @@ for line in orders:
 
 
 class ClientError(Exception):
-    """What ended the code that a client ran: a traceback, or what it wrote to the standard error before it exited."""
+    """The error that ended a client's code: a traceback, or its standard error before it exited."""
 
 
 class Client:
@@ -96,7 +96,7 @@ class Client:
 
 
 def requirements_of(*names: str) -> set[str]:
-    """Installed distributions, and all that they require."""
+    """Installed distributions, with all their requirements."""
     found: set[tuple[str, frozenset[str]]] = set()
     wanted = [Requirement(name) for name in names]
     while wanted:

@@ -1,4 +1,4 @@
-"""A small Hub: what `huggingface_hub` and transformers ask of the real one to push and to load models, over HTTP.
+"""A small Hub over HTTP: the requests of `huggingface_hub` and transformers for pushing and loading models.
 
 Contents lie in a folder, each under its own hash; a commit is a list of them, and a branch the name of a commit, given
 in one step. It answers as the real one does, with the same statuses, error codes and headers: a private repository is
@@ -29,7 +29,7 @@ LFS_MEDIA = "application/vnd.git-lfs+json"
 
 
 class Entry(NamedTuple):
-    """A file of a commit: the hash that git gives it, and for Git LFS the one that its content is stored under."""
+    """A file of a commit: its git hash, and for Git LFS the hash of its content."""
 
     size: int
     oid: str
@@ -47,7 +47,7 @@ class Commit(NamedTuple):
 
 @dataclass
 class Repository:
-    """Branches are names of commits."""
+    """A repository. Its branches are names of commits."""
 
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Repository:
 
 
 class Refusal(Exception):  # noqa: N818  (an answer of the server, not a mistake of it)
-    """An answer other than success."""
+    """An error to send as the answer."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **fields: Any):
         super().__init__(message)
@@ -106,7 +106,7 @@ class HubServer:
         return (self.folder / (entry.lfs or entry.oid)).read_bytes()
 
     def store(self, name: str, data: bytes) -> None:
-        """Keeps a content under its hash."""
+        """Stores a content under its hash."""
         (self.folder / name).write_bytes(data)
 
     def history(self, repo_id: str, branch: str = "main") -> list[Commit]:
@@ -127,12 +127,12 @@ class HubServer:
 
 
 def git_hash(data: bytes) -> str:
-    """The name that git gives a content."""
+    """The git hash of a content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def pointer(sha256: str, size: int) -> bytes:
-    """What git itself keeps of a file for Git LFS."""
+    """The Git LFS pointer that git stores instead of a file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
@@ -143,10 +143,10 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: object) -> None:
-        """Tests print what matters to them."""
+        """Logs nothing."""
 
     def do_GET(self) -> None:
-        """Answers by the first route that fits."""
+        """Answers with the first matching route."""
         url = urlsplit(self.path)
         self.query, path = parse_qs(url.query), url.path
         if path.startswith("/storage/") and "Authorization" in self.headers:
@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815  (as http.server calls them)
 
     def body(self) -> bytes:
-        """What the client sends, of a known length or in chunks."""
+        """The body of the request, of a known length or in chunks."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         data = b""
@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
         return data
 
     def drop(self) -> None:
-        """Loses the connection, with half of what the client sends."""
+        """Drops the connection after half of the body."""
         self.rfile.read(int(self.headers.get("Content-Length", 2)) // 2)
         self.close_connection = True
 
@@ -207,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"error": refusal.message, **refusal.fields}, refusal.status, **headers)
 
     def user(self) -> str | None:
-        """Who asks, by the token."""
+        """The user of the request's token."""
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         if scheme and token not in self.hub.users:
             raise Refusal(401, "Invalid credentials in Authorization header")
@@ -218,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
         user, owner = self.user(), repo_id.split("/")[0]
         found = self.hub.repositories.get(repo_id)
         if found is None or (found.private and user != owner):
-            # To whoever may not read it, it does not exist; to strangers nothing is told at all.
+            # Users who may not read it get 404, and requests without a token 401.
             status, message = (404, "Repository not found") if user else (401, "Invalid username or password.")
             raise Refusal(status, message, "RepoNotFound")
         if write and user != owner:
@@ -276,7 +276,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"success": True}, 201)
 
     def model_info(self, repo_id: str, revision: str = "") -> None:
-        """GET /api/models/ID[/revision/REVISION], with what the Hub reads in the model's card."""
+        """GET /api/models/ID[/revision/REVISION], with the metadata of the model's card."""
         repository, commit = self.repository(repo_id), self.revision(repo_id, revision or "main")
         card = ModelCard("---\n{}\n---\n")
         if "README.md" in commit.files:
@@ -317,7 +317,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json({"errors": [], "warnings": []})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        """POST /api/models/ID/preupload/REVISION: which files go by LFS, and which are there."""
+        """POST /api/models/ID/preupload/REVISION: which files use LFS, and which exist."""
         self.repository(repo_id, write=True)
         files = self.revision(repo_id, revision).files
         answers = []
@@ -329,7 +329,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"files": answers})
 
     def lfs_batch(self, repo_id: str) -> None:
-        """POST /ID.git/info/lfs/objects/batch: where to send LFS files, those that are not there yet."""
+        """POST /ID.git/info/lfs/objects/batch: where to send the LFS files that do not exist yet."""
         self.repository(repo_id, write=True)
         objects = []
         for asked in json.loads(self.body())["objects"]:
@@ -342,7 +342,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"transfer": "basic", "objects": objects}, Content_Type=LFS_MEDIA)
 
     def upload(self, oid: str, place: str) -> None:
-        """PUT /storage/HASH/PLACE: what the client sends must be what it said."""
+        """PUT /storage/HASH/PLACE: the content must have the announced hash."""
         if self.path in self.hub.expired:
             raise Refusal(403, "Request has expired")
         if self.hub.drop_upload:
@@ -405,7 +405,7 @@ class Handler(BaseHTTPRequestHandler):
     # Loading
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
-        """GET or HEAD /ID/resolve/REVISION/PATH: the file, or where its content lies."""
+        """GET or HEAD /ID/resolve/REVISION/PATH: the file, or a redirect to its content."""
         commit = self.revision(repo_id, revision)
         if path not in commit.files:
             self.close_connection = True
@@ -420,14 +420,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send(b"", 302, Location=f"{self.hub.storage}/{entry.lfs}", **linked, **headers)
 
     def download(self, oid: str) -> None:
-        """GET /storage/HASH: whoever has the address may read."""
+        """GET /storage/HASH, which needs no token."""
         if not (self.hub.folder / oid).exists():
             raise Refusal(404, "Not found")
         self.send((self.hub.folder / oid).read_bytes(), ETag=f'"{oid}"')
 
 
 def add_commit(repository: Repository, branch: str, title: str, files: dict[str, Entry]) -> Commit:
-    """Adds a revision; the branch has its name when all else is done."""
+    """Adds a revision. The branch is moved last."""
     parent = repository.branches.get(branch)
     described = json.dumps([parent, title, sorted(files.items())])
     commit = Commit(hashlib.sha1(described.encode()).hexdigest(), parent, title, files)

@@ -1,146 +1,146 @@
-"""Where we reach into transformers, torch and others: what we override, what we use that is private, and why.
+"""Everything of transformers, torch and other libraries that we override or use privately, and why.
 
 A new version may change any of it. tests/test_seams.py finds what our sources override and use, compares it with these
-tables (nothing may be missing, nothing left over), and checks that each entry exists with the signature that is written
-here. Where it fails, look at what that version does instead, mend our code, then change the entry.
+tables (none may be missing or superfluous), and checks that each entry exists with the signature written here. If it
+fails, look at what the new version does, fix our code, then change the entry.
 """
 
-# By the class of theirs that ours is derived from: methods that ours overrides, and its private attributes.
+# For each base class of a library: the methods that our class overrides, and the private attributes that it sets.
 OVERRIDDEN = {
     "transformers.Seq2SeqTrainer": {
         # data
         "_get_train_sampler(self, train_dataset=None)": "batches are bounded by tokens, not by rows",
         "_get_eval_sampler(self, eval_dataset)": "batches are bounded by tokens, the longest rows first",
-        "get_train_dataloader(self)": "a stream deals its batches among the processes itself",
-        "get_test_dataloader(self, test_dataset)": "predictions are matched with their rows, which keep their order",
-        "get_batch_samples(self, epoch_iterator, num_batches, device)": "remembers the place in a stream to resume at",
+        "get_train_dataloader(self)": "a stream divides its batches among the processes itself",
+        "get_test_dataloader(self, test_dataset)": "rows keep their order, since predictions are matched with them",
+        "get_batch_samples(self, epoch_iterator, num_batches, device)": "stores the position in a stream for resuming",
         # the loop
         "train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)": "listens to signals",
         "_prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint)": (
             "with FSDP2, tied embeddings stay in one group, and gradients add up in float32; there is no hook for it"
         ),
         "_init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, "
-        "trial)": "a resumed run logs, evaluates and saves as its own command line says, not as the checkpoint does",
+        "trial)": "a resumed run takes the intervals of logging, evaluating and saving from its own command line",
         "_run_epoch(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)": (
-            "tells the sampler its epoch and the stream its place, and makes no update where the run has ended"
+            "sets the sampler's epoch and the stream's position, and makes no update if the run has ended"
         ),
         "_maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, "
         "learning_rate=None)": "stops after a signal, or when the run has diverged; callbacks cannot save in between",
-        "_finalize_training(self, trial, num_train_samples, start_time)": "reports the whole of a run that was resumed",
+        "_finalize_training(self, trial, num_train_samples, start_time)": "reports the time of the whole resumed run",
         "create_optimizer(self, model=None)": "names the recipe's field in errors",
         "create_scheduler(self, num_training_steps, optimizer=None)": "names the recipe's fields in errors, and finds "
-        "those that would only come at the last update",
+        "errors that would occur only at the last update",
         "compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None)": "adds the loss of R-Drop",
         # evaluation
         "_evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False)": "evaluates the mean of the weights",
         "evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, "
         "metric_key_prefix='eval')": "the loss is the mean over all target tokens, not over the means of batches",
         "prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs)": (
-            "adds up the loss and its tokens, and restores the generation config that the stock step changes"
+            "sums the loss and counts its tokens, and restores the generation config that the stock step changes"
         ),
         # checkpoints
-        "_save_checkpoint(self, model, trial)": "writes a checkpoint that a crash cannot leave half written",
-        "_save_rng_state(self, output_dir)": "saves the place in a stream with the generators",
+        "_save_checkpoint(self, model, trial)": "writes a checkpoint atomically",
+        "_save_rng_state(self, output_dir)": "also saves the position in a stream",
         "save_model(self, output_dir=None, _internal_call=False)": "saves the mean of the weights; refuses NaN or inf",
-        "_save(self, output_dir=None, state_dict=None)": "stores a tied tensor once where a sharded model gathers it",
-        "_load_from_checkpoint(self, resume_from_checkpoint, model=None)": "refuses weights written with, or without, "
-        "FSDP where this run is the other way",
+        "_save(self, output_dir=None, state_dict=None)": "stores a tied tensor of a sharded model only once",
+        "_load_from_checkpoint(self, resume_from_checkpoint, model=None)": "refuses weights of a run with FSDP in a "
+        "run without it, and the reverse",
         "_load_optimizer_and_scheduler(self, checkpoint)": "loads the mean of the weights",
         "_load_best_model(self)": "loads the best mean of the weights",
-        "_issue_warnings_after_load(self, load_result)": "refuses weights of another model, where stock only warns",
+        "_issue_warnings_after_load(self, load_result)": "refuses weights of another model (stock only warns)",
         # the Hub
-        "init_hf_repo(self, token=None, private=None)": "makes sure of the repository before the first update",
+        "init_hf_repo(self, token=None, private=None)": "creates the repository before the first update",
         "push_to_hub(self, commit_message='End of training', blocking=True, token=None, revision=None, private=None, "
-        "**kwargs)": "pushes the run's folder with our card, after its scores are there",
+        "**kwargs)": "pushes the run's folder with our card, after the scores are written",
         "_push_from_checkpoint(self, checkpoint_folder)": "pushes the checkpoint's model, not the whole folder",
     },
     "transformers.TrainerCallback": {
-        "on_train_begin(self, args, state, control, **kwargs)": "where callbacks are meant to be heard",
-        "on_train_end(self, args, state, control, **kwargs)": "where callbacks are meant to be heard",
-        "on_epoch_begin(self, args, state, control, **kwargs)": "where callbacks are meant to be heard",
-        "on_epoch_end(self, args, state, control, **kwargs)": "where callbacks are meant to be heard",
-        "on_step_end(self, args, state, control, **kwargs)": "where callbacks are meant to be heard",
-        "on_log(self, args, state, control, **kwargs)": "where callbacks are meant to be heard",
+        "on_train_begin(self, args, state, control, **kwargs)": "the public way to react to an event",
+        "on_train_end(self, args, state, control, **kwargs)": "the public way to react to an event",
+        "on_epoch_begin(self, args, state, control, **kwargs)": "the public way to react to an event",
+        "on_epoch_end(self, args, state, control, **kwargs)": "the public way to react to an event",
+        "on_step_end(self, args, state, control, **kwargs)": "the public way to react to an event",
+        "on_log(self, args, state, control, **kwargs)": "the public way to react to an event",
     },
     "transformers.EarlyStoppingCallback": {
-        "on_train_begin(self, args, state, control, **kwargs)": "goes on counting where a run resumes",
+        "on_train_begin(self, args, state, control, **kwargs)": "keeps its count when a run resumes",
     },
     "transformers.HfArgumentParser": {
-        "error(self, message)": "raises our error, where argparse ends the process",
+        "error(self, message)": "raises our error instead of ending the process",
         "format_help(self)": "shows the fields in groups, ours before transformers'",
         "parse_args_into_dataclasses(self, args=None, return_remaining_strings=False, look_for_args_file=True, "
-        "args_filename=None, args_file_flag=None)": "an unknown option is a mistake of the user's, told by `error()`",
+        "args_filename=None, args_file_flag=None)": "reports an unknown option with `error()`",
     },
     "argparse.ArgumentParser": {
         "error(self, message)": "one line, without the usage",
     },
     "evaluate.Metric": {
-        "_info(self)": "how evaluate is told of a metric",
-        "_compute(self, *, predictions=None, references=None, **kwargs)": "how evaluate is told of a metric",
-        "_build_data_dir(self)": "writes no folder, which could fail after all has been translated",
+        "_info(self)": "defines a metric for evaluate",
+        "_compute(self, *, predictions=None, references=None, **kwargs)": "defines a metric for evaluate",
+        "_build_data_dir(self)": "writes no folder: that could fail after everything has been translated",
     },
     "transformers.PreTrainedConfig": {
         "validate_architecture(self)": "checks our fields; run whenever a config is made",
-        "validate_token_ids(self)": "refuses ids outside of the vocabularies, where stock only warns",
+        "validate_token_ids(self)": "refuses ids outside of the vocabularies; the stock method only warns",
     },
     "transformers.PreTrainedModel": {
-        "_init_weights(self, module)": "how transformers is told of an initialisation: Xavier, as the paper's code",
-        "get_input_embeddings(self)": "how transformers is told of the embeddings",
-        "set_input_embeddings(self, value)": "how transformers is told of the embeddings, shared or not",
+        "_init_weights(self, module)": "the initialisation: Xavier, as in the code of the paper",
+        "get_input_embeddings(self)": "tells transformers about the embeddings",
+        "set_input_embeddings(self, value)": "tells transformers about the embeddings, shared or not",
         "_resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True)": (
             "refuses two vocabularies, and keeps decoder_vocab_size right"
         ),
         "get_expanded_tied_weights_keys(self, all_submodels=False)": (
-            "stock unties everything with tie_word_embeddings=False; here each sharing has its own switch"
+            "the stock method unties everything with tie_word_embeddings=False; ours has a switch for each sharing"
         ),
-        "init_parallel_plans(self)": "the config's plans name modules from the whole model down; stacks have none",
-        "_no_split_modules": "how transformers is told which layers stay on one device",
-        "_supports_sdpa": "how transformers is told which attention there is",
-        "_supports_flash_attn": "how transformers is told which attention there is",
-        "_supports_flex_attn": "how transformers is told which attention there is",
-        "_can_compile_fullgraph": "how transformers is told that torch.compile takes the whole network",
-        "_can_record_outputs": "how transformers is told where hidden states and attentions come from",
-        "_tp_plan": "how transformers is told of tensor parallelism",
-        "_pp_plan": "how transformers is told of pipeline parallelism",
-        "_fsdp_plan": "how transformers is told of FSDP2",
+        "init_parallel_plans(self)": "the config's plans name the modules of the whole model; stacks have no plans",
+        "_no_split_modules": "tells transformers which layers stay on one device",
+        "_supports_sdpa": "tells transformers which attention there is",
+        "_supports_flash_attn": "tells transformers which attention there is",
+        "_supports_flex_attn": "tells transformers which attention there is",
+        "_can_compile_fullgraph": "tells transformers that torch.compile takes the whole network",
+        "_can_record_outputs": "tells transformers where hidden states and attentions come from",
+        "_tp_plan": "tells transformers about tensor parallelism",
+        "_pp_plan": "tells transformers about pipeline parallelism",
+        "_fsdp_plan": "tells transformers about FSDP2",
     },
     "transformers.modeling_outputs.Seq2SeqLMOutput": {
-        "to_tuple(self)": "refuses a tuple of an output whose logits were never computed",
+        "to_tuple(self)": "raises an error if the logits were not computed",
     },
     "transformers.GenerationMixin": {
         "generate(self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, "
         "prefix_allowed_tokens_fn=None, synced_gpus=None, assistant_model=None, streamer=None, "
         "negative_prompt_ids=None, negative_prompt_attention_mask=None, custom_generate=None, **kwargs)": (
-            "decodes by our engines, and takes our options"
+            "decodes with our engines, and accepts our options"
         ),
         "adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, "
         "cache_dir, force_download, proxies, local_files_only, token, revision, subfolder, trust_remote_code, "
         "**kwargs)": "a model without generation_config.json has the paper's defaults",
         "prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, "
         "attention_mask=None, inputs_embeds=None, is_first_iteration=False, **kwargs)": (
-            "gives positions to the target, which a static cache's mask does not tell"
+            "adds the target's positions: the mask of a static cache does not show them"
         ),
         "_prepare_generated_length(self, generation_config, has_default_max_length, has_default_min_length, "
         "model_input_name, input_ids_length, inputs_tensor)": (
-            "50 tokens over the source at most, where transformers' default is 20 in all"
+            "the default limit is 50 tokens more than the source; transformers' is 20 tokens"
         ),
     },
     "transformers.Pipeline": {
-        "_sanitize_parameters(self, **pipeline_parameters)": "how transformers is told of a pipeline's options",
-        "preprocess(self, input_, **preprocess_parameters)": "how transformers is told of a pipeline's steps",
-        "_forward(self, input_tensors, **forward_parameters)": "how transformers is told of a pipeline's steps",
-        "postprocess(self, model_outputs, **postprocess_parameters)": "how transformers is told of a pipeline's steps",
-        "run_single(self, inputs, preprocess_params, forward_params, postprocess_params)": "one text goes the same way",
+        "_sanitize_parameters(self, **pipeline_parameters)": "tells transformers about a pipeline's options",
+        "preprocess(self, input_, **preprocess_parameters)": "tells transformers about a pipeline's steps",
+        "_forward(self, input_tensors, **forward_parameters)": "tells transformers about a pipeline's steps",
+        "postprocess(self, model_outputs, **postprocess_parameters)": "tells transformers about a pipeline's steps",
+        "run_single(self, inputs, preprocess_params, forward_params, postprocess_params)": "treats one text like many",
         "get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params)": (
-            "batches hold sentences of similar length, of many texts; stock batches whole texts"
+            "makes batches of sentences of similar length, from many texts; stock batches whole texts"
         ),
         "save_pretrained(self, save_directory, **kwargs)": "saves this file beside the model, as custom code",
-        "_load_tokenizer": "how transformers is told of what a pipeline loads",
-        "_load_processor": "how transformers is told of what a pipeline loads",
-        "_load_image_processor": "how transformers is told of what a pipeline loads",
-        "_load_feature_extractor": "how transformers is told of what a pipeline loads",
-        "_pipeline_calls_generate": "how transformers is told that options of generate() are taken",
+        "_load_tokenizer": "tells transformers what a pipeline loads",
+        "_load_processor": "tells transformers what a pipeline loads",
+        "_load_image_processor": "tells transformers what a pipeline loads",
+        "_load_feature_extractor": "tells transformers what a pipeline loads",
+        "_pipeline_calls_generate": "tells transformers that options of generate() are taken",
     },
     "transformers.TextIteratorStreamer": {
         "put(self, value)": "hands out each character at once, where stock waits for a space",
@@ -214,26 +214,26 @@ ASSIGNED = {
         "_pad_token_tensor": "the padding as transformers has prepared it",
     },
     "transformers.GenerationConfig": {
-        "_from_model_config": "tells a model without generation_config.json from one with it",
+        "_from_model_config": "shows whether a model has a generation_config.json",
     },
     "transformers.PreTrainedModel": {
-        "_is_hf_initialized": "a row that was loaded keeps its values at initialisation",
-        "_tied_weights_keys": "how transformers is told which weights are shared",
+        "_is_hf_initialized": "keeps the values of loaded rows at initialisation",
+        "_tied_weights_keys": "tells transformers which weights are shared",
     },
     "transformers.tokenization_utils_base.PreTrainedTokenizerBase": {
-        "_special_tokens_map": "the tokens by their roles; its property gives text, without what each was told",
-        "_extra_special_tokens": "where a token that a user adds is remembered as special",
+        "_special_tokens_map": "the special tokens by their roles; the public property gives only their texts",
+        "_extra_special_tokens": "holds the special tokens that a user has added",
     },
     "transformers.PreTrainedTokenizerFast": {
         "_tokenizer": "the tokenizer of the library `tokenizers`",
     },
     "transformers.Pipeline": {
-        "_preprocess_params": "options of the pipeline, for stream(), which is no call of it",
-        "_forward_params": "options of the pipeline, for stream(), which is no call of it",
-        "_postprocess_params": "options of the pipeline, for stream(), which is no call of it",
+        "_preprocess_params": "options of the pipeline, for stream(), which does not use __call__",
+        "_forward_params": "options of the pipeline, for stream(), which does not use __call__",
+        "_postprocess_params": "options of the pipeline, for stream(), which does not use __call__",
     },
     "argparse": {
-        "_actions": "the options, to show them in groups of our own",
+        "_actions": "the options, to show them in our own groups",
     },
     "torch.nn.Module": {
         "_forward_hooks": "a hook must be called: no packed engine",

@@ -1,4 +1,4 @@
-"""Means of weights: of checkpoints, by the script too, and over the updates of a run; and when a run stops early."""
+"""Averages of checkpoints, also by the command, and of all updates of a run; and early stopping."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_model, tokenizer, tmp_path_factory) -> Path:
-    """Three checkpoints of one model, whose order by name is not their order, and one that is being written."""
+    """Three checkpoints of one model, whose order differs from that of their names, and one that is being written."""
     folder = tmp_path_factory.mktemp("run")
     for step in (9, 10, 100):
         save_checkpoint(tiny_model, tokenizer, folder / f"checkpoint-{step}", seed=step)
@@ -149,7 +149,7 @@ class Weights(TrainerCallback):
 
 
 def make_trainer(tiny_model, tokenizer, folder, scores=None, extra=(), **options) -> TranslationTrainer:
-    """A trainer of a tiny model; `scores` are the BLEU scores that its evaluations find."""
+    """A trainer of a tiny model. Its evaluations return `scores` as BLEU."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, 9, (24,), generator=generator).tolist()
     tokens = [torch.randint(3, 61, (length,), generator=generator).tolist() for length in lengths]
@@ -178,7 +178,7 @@ def assert_same(one: dict, other: dict) -> None:
 
 
 def exponential_mean(after: list[dict], decay: float) -> dict[str, torch.Tensor]:
-    """By the definition, in float64."""
+    """The mean by its definition, in float64."""
     parts = [decay ** (len(after) - step) for step in range(1, len(after) + 1)]
     return {
         name: sum(part * state[name] for part, state in zip(parts, after, strict=True)) / math.fsum(parts)
@@ -203,7 +203,7 @@ def test_a_run_evaluates_and_ends_with_the_exponential_mean_of_its_weights(decay
     mean = exponential_mean(weights.after, decay)
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(value, mean[name].float(), rtol=1e-5, atol=1e-6)
-    # 3. it is what was evaluated, and what is saved
+    # 3. the mean was evaluated, and it is saved
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == evaluated[-1]
     assert plain.evaluate()["eval_loss"] != evaluated[-1]
@@ -275,7 +275,7 @@ SCORES = {
 
 
 def stops_after(scores: list[float], patience: int) -> int:
-    """The first evaluation after which the last `patience` ones have not beaten those before them."""
+    """The first evaluation after which the last `patience` ones are no better than the best before them."""
     return next(
         n for n in range(patience + 1, len(scores) + 1) if max(scores[n - patience : n]) <= max(scores[: n - patience])
     )
@@ -308,7 +308,7 @@ def test_a_run_that_had_stopped_early_does_not_go_on(tiny_model, tokenizer, tmp_
 
 
 def test_early_stopping_reads_the_true_score_of_translations(tiny_model, tokenizer, tmp_path):
-    """Weights that do not move score the same, so the patience alone decides."""
+    """Constant weights give constant scores, so only the patience decides."""
     options = STOPPING | {"early_stopping_patience": 3, "learning_rate": 0.0, "predict_with_generate": True}
     trainer = make_trainer(tiny_model, tokenizer, tmp_path, **options)
     trainer.compute_metrics = score_translations(tokenizer, "13a")

@@ -1,4 +1,4 @@
-"""Token-budget batches: complete, bounded, shuffled, and the same wherever they must be."""
+"""Token-budget batches: complete, within the budget, shuffled, and reproducible."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""vanilla-transformer benchmark: what it prints and writes, and that both sides are measured doing the same work."""
+"""vanilla-transformer benchmark: its output, and that all contenders do the same work."""
 
 import gzip
 import importlib.util
@@ -50,7 +50,7 @@ FIELDS = [word for name, value in FIELDS.items() for word in (f"--{name}", str(v
 
 @pytest.fixture(scope="module")
 def multi30k(tmp_path_factory):
-    """A folder with the files that the recipe names, of few and uneven sentences."""
+    """A folder with the recipe's files: a few sentences of uneven lengths."""
     folder, draw = tmp_path_factory.mktemp("multi30k"), random.Random(0)
     for split, count in FILES.items():
         for language, words in (("en", "a dog runs over the red grass"), ("de", "ein hund rennt über das gras")):
@@ -128,7 +128,7 @@ def test_the_figures_of_a_run_agree_with_each_other_and_with_a_count(multi30k, l
 
 
 def contender(folder: Path, side: str, **options):
-    """The Trainer that a worker of tiny builds."""
+    """The Trainer of a worker in the cell tiny."""
     told = ["--output_dir", str(folder), "--max_steps", "1000", "--bf16", "false"]
     recipe = [*cells.CELLS["tiny"].recipe, *recipes.TRAINING_ALONE, "--data_dir", str(folder), *FIELDS, *told]
     return trainers.build_contender(recipe, folder, Contender(side, "float32", **options))
@@ -144,7 +144,7 @@ def prepared(multi30k):
 
 
 def test_both_sides_are_trained_on_the_same_tokens_from_the_same_weights(prepared):
-    """Fed the same batches they stay close; what parts them is Marian's constant bias."""
+    """With the same batches the losses stay close; they differ by Marian's constant bias."""
     measured = {}
     for name, options in {
         "ours": {},
@@ -201,7 +201,7 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(side, tiny_mode
 
 
 class TestWhatTheMachineLacks:
-    """The others are measured."""
+    """The other contenders are measured."""
 
     def test_is_left_out_by_name(self, capsys):
         both = [Contender("ours", dtype) for dtype in ("float32", "int8")]
@@ -242,7 +242,7 @@ class TestWhatTheMachineLacks:
 
 
 def test_the_least_time_is_that_of_reading_and_multiplying_each_weight(tiny_model):
-    """Counted by a hand-written loop over two batches of a search whose outputs end at different lengths."""
+    """Compares with a hand-written loop over two batches whose outputs end at different lengths."""
     model = tiny_model()
     d, vocabulary, inner = 16, 61, (24, 32)
     encoder, across = 3 * (4 * d * d + 2 * d * inner[0]), 2 * 2 * d * d
@@ -300,7 +300,7 @@ def test_the_figures_of_decoding_agree_with_each_other_and_every_output_has_the_
 
 @pytest.fixture(scope="module")
 def translating(tiny_model, tmp_path_factory):
-    """A folder with a tiny model whose outputs end at many lengths, its tokenizer, and what CTranslate2 loads."""
+    """A folder with a tiny model whose outputs end at many lengths, its tokenizer, and its CTranslate2 form."""
     folder, model, tokenizer = (
         tmp_path_factory.mktemp("translating"),
         tiny_model(max_position_embeddings=64),

@@ -1,4 +1,4 @@
-"""BPE-dropout: its distribution, what decides it, and how the Trainer takes it."""
+"""BPE-dropout: its distribution, its dependence on seed, epoch and row, and its use by the Trainer."""
 
 import math
 import pickle
@@ -156,7 +156,7 @@ def bpe(texts) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def make_rows(bpe):
-    """Builds the same rows, in which other things are dropped."""
+    """Builds the same rows with other dropout."""
     pairs = load_phrasebook("en-de", train_size=60)["train"]
 
     def make(rate: float = 0.3, seed: int = 7, numbers=range(60), **limits) -> BpeDropoutRows:

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged or out of disk, against one that never was: nothing may differ, to the bit.
+"""Runs that were killed, stopped, damaged or out of disk space are bit-identical with an undisturbed run.
 
 `KILLS=12 pytest tests/test_checkpointing.py -k sigkill` kills more often, over a longer run.
 """
@@ -75,7 +75,7 @@ def make_trainer(run: Path, config: dict, *watchers: TrainerCallback, **options)
 
 
 def live(run: Path, config: dict, *watchers: TrainerCallback, **options) -> TranslationTrainer:
-    """Begins or goes on with a run, as the program does."""
+    """Starts or resumes a run, as the program does."""
     run.mkdir(exist_ok=True)
     (run / "recipe.yaml").touch()
     trainer = make_trainer(run, config, *watchers, **options)
@@ -84,7 +84,7 @@ def live(run: Path, config: dict, *watchers: TrainerCallback, **options) -> Tran
 
 
 def left_by(run: Path) -> dict:
-    """All that the newest checkpoint holds, as bytes; the log without what a clock says."""
+    """The newest checkpoint: its name, weights and states as bytes, and the log without times."""
     checkpoint = newest_checkpoint(run)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     log = [
@@ -101,7 +101,7 @@ def config(tiny_config) -> dict:
 
 @pytest.fixture(scope="module")
 def unstopped(config, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
+    """The folder of an undisturbed run."""
     run = tmp_path_factory.mktemp("unstopped")
     live(run, config)
     return run
@@ -121,7 +121,7 @@ class Watch(TrainerCallback):
 
 
 def life(run: Path, config: dict, watch: Watch, rank=0, world=1, port=0, before=None, **options) -> None:
-    """What a process of its own does: one of `world` that train together."""
+    """The work of one of `world` processes that train together."""
     if world > 1:
         os.environ.update(place_of(rank, world, port))
     if before is not None:
@@ -206,7 +206,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
     assert newest_checkpoint(run).name == saved
     live(run, config)
     assert left_by(run) == left_by(unstopped)
-    # What was saved on the way has not pushed out a checkpoint that the unstopped run keeps.
+    # Saving after the signal did not cause the deletion of a checkpoint that the undisturbed run keeps.
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in unstopped.iterdir())
 
 
@@ -238,7 +238,7 @@ def test_a_second_signal_ends_the_run_at_once(pause, status, left, config, tmp_p
 
 
 def begin_two(run: Path, config: dict, port: int, first=None, second=None, **options) -> list[multiprocessing.Process]:
-    """Two processes that train together: what is done in the first before it begins, and the callback of the second."""
+    """Trains in two processes. The arguments: what the first does before it starts, and the second's callback."""
     return [
         begin(run, config, Watch(), 0, 2, port, before=first, **options),
         begin(run, config, second or Watch(), 1, 2, port, **options),
@@ -246,7 +246,7 @@ def begin_two(run: Path, config: dict, port: int, first=None, second=None, **opt
 
 
 def test_two_processes_that_are_killed_and_stopped_end_as_two_that_were_not(config, tmp_path):
-    """One of them is killed in a checkpoint's writing; then only one of them receives a signal."""
+    """First one process is killed while a checkpoint is written; then only one process receives a signal."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -297,7 +297,7 @@ def test_a_run_that_is_resumed_follows_its_new_arguments(config, unstopped, tmp_
 
 
 class LoseTheWeights(TrainerCallback):
-    """As an update does whose gradient overflows."""
+    """Sets a weight to NaN, like an update with an overflowing gradient."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 5:
@@ -387,7 +387,7 @@ def test_no_run_begins_where_no_checkpoint_is_whole(unstopped, tmp_path):
 
 
 def fill_disk(run: Path, name: str) -> None:
-    """What is written to one file of the checkpoint of update 8 meets a full disk: Linux's /dev/full."""
+    """Simulates a full disk for one file of the checkpoint of update 8, with Linux's /dev/full."""
     (run / "tmp-checkpoint-8").mkdir()
     (run / "tmp-checkpoint-8" / name).symlink_to("/dev/full")
 
@@ -400,7 +400,7 @@ def limit_files() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "manifest.json"])
 def test_a_full_disk_ends_with_one_clear_error_and_the_last_checkpoint_whole(name, config, tmp_path):
-    """safetensors, torch and Python each tell of it in their own way."""
+    """safetensors, torch and Python report it by different errors."""
     run, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     # safetensors writes beside and renames, so that no link is followed.
     act = limit_files if name == "model.safetensors" else partial(fill_disk, run, name)

@@ -1,4 +1,4 @@
-"""conversion/ctranslate2.py: what CTranslate2 makes of a converted model, beside transformers' search on the model."""
+"""conversion/ctranslate2.py: compares CTranslate2's output of a converted model with transformers' search."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ from vanilla_transformer.conversion.ctranslate2 import to_ctranslate2  # noqa: E
 
 LENGTHS = (7, 4, 1, 6, 5, 9, 3, 8)
 NEW_TOKENS = 12
-# With what is added to eos's bias, so that sentences end at different lengths.
+# With a value that is added to eos's bias, so that sentences end at different lengths.
 SETTINGS = {
     "as the paper": ({}, 3),
     "pre-norm": ({"normalize_before": True}, 3),
@@ -66,7 +66,7 @@ def test_ctranslate2_finds_what_generate_finds_with_its_scores(fields, more, bea
 
 
 def rounded(x):
-    """Each row to 127 steps on either side of 0."""
+    """Rounds each row to 127 steps on either side of 0."""
     scale = 127 / x.abs().amax(dim=-1, keepdim=True)
     return (x * scale).round() / scale
 
@@ -101,7 +101,7 @@ COMPUTE_TYPES = [
 def test_int8_gives_each_token_the_probability_that_rounding_explains(
     fields, compute_type, tiny_model, padded, tmp_path
 ):
-    """In eight bits outputs cannot be those of the model, but they are those of a model that is rounded in that way."""
+    """In int8 the outputs differ from the model's, but equal those of a model that is rounded in the same way."""
     model, words = tiny_model(**fields), tokens()
     before = copy.deepcopy(model.state_dict())
     to_ctranslate2(model, words, tmp_path / "converted", quantization="int8")

@@ -1,4 +1,4 @@
-"""conversion/eole.py: models that Eole itself has trained and saved, beside what Eole makes of them."""
+"""conversion/eole.py: compares models that Eole has trained and saved with Eole's own output."""
 
 import json
 import re
@@ -27,7 +27,7 @@ NEW_TOKENS = 12
 
 
 def settings(model=(), embeddings=(), shared=False, vocabulary="words", transforms=(), options=()):
-    """A configuration of Eole, with parts of it changed. FOLDER stands for that of texts and vocabularies."""
+    """A configuration of Eole, with some parts changed. FOLDER stands for the folder of texts and vocabularies."""
     return {
         "data": {"corpus": {"path_src": "FOLDER/train.src", "path_tgt": "FOLDER/train.tgt"}},
         "src_vocab": f"FOLDER/{vocabulary}.{'joint' if shared else 'src'}.vocab",
@@ -119,7 +119,7 @@ def write_vocabulary(path, tokens):
 
 @pytest.fixture(scope="module")
 def folders(run_peer, tmp_path_factory):
-    """By job, the folder of the model, and beside it what Eole makes of it."""
+    """For each job, the folder of the model, with Eole's own output beside it."""
     texts = tmp_path_factory.mktemp("texts")
     lines = {"src": [source for source, _ in PAIRS], "tgt": [target for _, target in PAIRS]}
     lines["joint"] = lines["src"] + lines["tgt"]
@@ -242,7 +242,7 @@ def test_what_cannot_be_kept_is_refused_by_name(change, message, folders, tmp_pa
 
 
 def lying_header(path):
-    """Claims a tensor that reaches past the end of the file."""
+    """The header has a tensor that extends past the end of the file."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def fsmt(seed=1, **fields) -> FSMTForConditionalGeneration:
-    """A tiny model without a parameter at a value that hides a mistake; its positions are what they are."""
+    """A tiny model whose parameters have values that reveal mistakes; its positions are unchanged."""
     torch.manual_seed(seed)
     model = FSMTForConditionalGeneration(FSMTConfig(**{**SIZES, **fields}))
     with torch.no_grad():

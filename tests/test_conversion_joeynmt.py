@@ -1,4 +1,4 @@
-"""conversion/joeynmt.py: checkpoints that JoeyNMT itself has trained and saved, beside what JoeyNMT makes of them."""
+"""conversion/joeynmt.py: compares models that JoeyNMT has trained and saved with JoeyNMT's own output."""
 
 import json
 import re
@@ -32,7 +32,7 @@ TIED = {"tied_embeddings": True, "tied_softmax": True}
 
 
 def settings(model=(), both=(), scale=True, data=(), src=(), trg=(), testing=()):
-    """A configuration of JoeyNMT, with parts of it changed."""
+    """A configuration of JoeyNMT, with some parts changed."""
     embeddings = {"embeddings": {"embedding_dim": 16, "scale": scale}}
     return {
         "name": "tiny",
@@ -104,7 +104,7 @@ def train_sentencepiece(folder, name, texts, **options):
 
 @pytest.fixture(scope="module")
 def folders(run_peer, tmp_path_factory):
-    """By job, the folder of the model, and beside it what JoeyNMT makes of it."""
+    """For each job, the folder of the model, with JoeyNMT's own output beside it."""
     texts = tmp_path_factory.mktemp("texts")
     for side, lang in enumerate(("en", "de")):
         lines = [pair[side] for pair in PAIRS]
@@ -243,7 +243,7 @@ def test_the_best_checkpoint_comes_before_the_last_and_a_file_may_be_named(folde
 
 
 class Hostile:
-    """Unpickled with code allowed, it makes a file."""
+    """Unpickling it, with code allowed, creates a file."""
 
     def __init__(self, path):
         self.path = path

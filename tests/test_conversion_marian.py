@@ -74,7 +74,7 @@ def sentences(padded, model, side="right"):
 
 
 def in_float64(marian):
-    """With sinusoids of float64, where transformers rounds them to float32."""
+    """Uses sinusoids in float64; transformers rounds them to float32."""
     marian.double()
     for stack in (marian.model.encoder, marian.model.decoder):
         table = stack.embed_positions.weight
@@ -128,7 +128,7 @@ def test_there_and_back_nothing_has_changed(fields, tiny_model):
     back = from_marian(to_marian(ours.train()))
     assert back.training
     state = back.state_dict()
-    # Marian has no table for both sides beside an output matrix of its own: then it becomes two, with equal values.
+    # Marian cannot share the embeddings of both sides without the output matrix: they become two equal tables.
     assert before.keys() - state.keys() <= {"model.shared.weight"}
     for name, value in state.items():
         assert torch.equal(value, before[name]), name
@@ -145,7 +145,7 @@ def test_the_dtype_is_kept(tiny_model, opus):
 
 @pytest.fixture
 def ending_model(lively_model):
-    """Builds a lively model whose translations end by themselves: neither model's greatest length may cut them."""
+    """Builds a lively model whose translations end before the maximum length of both models."""
 
     def build(**fields) -> VanillaTransformerForConditionalGeneration:
         model = lively_model(max_position_embeddings=100, **fields)
@@ -157,7 +157,7 @@ def ending_model(lively_model):
 
 
 def assert_worth_comparing(sequences, model):
-    """They differ, also in length, and all have ended."""
+    """Checks that they differ, also in length, and that all have ended."""
     assert sequences.unique(dim=0).shape[0] > 1
     ends = torch.isin(sequences[:, 1:], torch.tensor(model.config.eos_token_id))
     assert ends.any(dim=1).all()
@@ -200,7 +200,7 @@ def test_ours_generates_what_an_opus_model_does(beams, opus, padded):
 
 
 def test_padding_on_the_left_shifts_marians_positions_but_not_ours(tiny_model, padded):
-    """The one difference that the documents tell of."""
+    """The difference that docs/interoperability.md describes."""
     ours = tiny_model()
     marian = to_marian(ours)
     logits = {}

@@ -1,4 +1,4 @@
-"""conversion/marian_npz.py: numpy computes from the file what our network does, and Marian itself translates by it."""
+"""conversion/marian_npz.py: numpy computes our network's output from the file, and Marian itself translates with it."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""conversion/onnx.py: what onnxruntime computes with the graphs, beside the model itself."""
+"""conversion/onnx.py: compares onnxruntime's output of the graphs with the model."""
 
 from typing import NamedTuple
 
@@ -24,13 +24,13 @@ class Converted(NamedTuple):
     decoder: "onnxruntime.InferenceSession"
 
     def encode(self, source: torch.Tensor, mask: torch.Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The encoder's states, and what the decoder is given at first."""
+        """Returns the encoder's states, and prepares the decoder's first inputs."""
         states, keys, values = self.encoder.run(None, {"input_ids": source.numpy(), "attention_mask": mask.numpy()})
         past = {"past_keys": keys[:, :, :, :0], "past_values": values[:, :, :, :0]}
         return states, {"attention_mask": mask.numpy(), "cross_keys": keys, "cross_values": values, **past}
 
     def decode(self, target: torch.Tensor, inputs: dict[str, np.ndarray]) -> torch.Tensor:
-        """Logits of these target tokens, which are then part of the past."""
+        """Logits of these target tokens. They are then part of the past."""
         logits, inputs["past_keys"], inputs["past_values"] = self.decoder.run(
             None, {**inputs, "decoder_input_ids": target.numpy()}
         )

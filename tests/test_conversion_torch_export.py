@@ -1,4 +1,4 @@
-"""conversion/export.py: the programs of torch.export compute what the model does, in a process without our code."""
+"""conversion/export.py: the programs of torch.export give the model's output, in a process without our code."""
 
 import subprocess
 import sys

@@ -20,7 +20,7 @@ SEPARATE = {"target_embedding": "target.weight", "output": "generator.weight"}
 
 
 class Translator(nn.Module):
-    """What people build around torch.nn.Transformer."""
+    """A typical model around torch.nn.Transformer."""
 
     def __init__(self, shared=False, positions=False, scaled=True, final_norm=True, **options):
         super().__init__()
@@ -75,7 +75,7 @@ def tokenizer(size=TARGET_SIZE):
 
 @torch.no_grad()
 def greedy(module, source, mask, new_tokens=LONGEST - 1) -> list[list[int]]:
-    """Row by row: from the start token to eos."""
+    """Greedy search row by row, from the start token to eos."""
     rows = []
     for ids, kept in zip(source, mask, strict=True):
         row, length = [1], int(kept.sum())

@@ -49,7 +49,7 @@ SIZES = {
 
 
 class Hostile:
-    """Unpickled with code allowed, it makes a file."""
+    """Unpickling it, with code allowed, creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -63,7 +63,7 @@ def convert(*arguments):
 
 
 def refused(*arguments) -> str:
-    """The one line that a mistake ends the program with."""
+    """The error message, one line, that ends the program."""
     with pytest.raises(UserError) as caught:
         convert(*arguments)
     assert "\n" not in str(caught.value)
@@ -71,7 +71,7 @@ def refused(*arguments) -> str:
 
 
 def lively(model):
-    """No parameter at a value that hides a mistake; the tables of sinusoids stay."""
+    """Gives parameters values that reveal mistakes; the tables of sinusoids stay."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "embed_positions" not in name:
@@ -81,7 +81,7 @@ def lively(model):
 
 @pytest.fixture(scope="module")
 def opus(tmp_path_factory):
-    """A folder as OPUS-MT's are: two sentencepiece models, one vocabulary, pad last, which starts the decoder."""
+    """A folder like OPUS-MT's: two sentencepiece models, one vocabulary with pad last; pad starts the decoder."""
     folder = tmp_path_factory.mktemp("opus")
     pieces = {}
     for side, texts in (("source", ENGLISH), ("target", GERMAN)):
@@ -125,7 +125,7 @@ def opus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wmt(tmp_path_factory):
-    """A folder as fairseq's models of WMT19 are: two vocabularies, merges of one."""
+    """A folder like fairseq's WMT19 models: two vocabularies, one list of merges."""
     folder = tmp_path_factory.mktemp("wmt")
     for side, texts in (("src", ENGLISH), ("tgt", GERMAN)):
         letters = sorted({letter for text in texts for letter in text if letter != " "})
@@ -267,7 +267,7 @@ def test_a_pickle_that_carries_code_is_refused_and_nothing_is_run(opus, wmt, tok
 
 
 def lying_header(folder):
-    """Claims a tensor that reaches past the end of the file."""
+    """The header has a tensor that extends past the end of the file."""
     path = folder / "model.safetensors"
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -314,7 +314,7 @@ FORMATS = ("marian", "fsmt", "joeynmt", "eole", "torch")
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_what_the_folder_is_is_said_before_a_library_reads_it(kind, tiny_model, opus, wmt, tmp_path):
-    """Or the libraries say what they miss in settings of another form."""
+    """Otherwise the error would be the library's, about settings of another form."""
     output = ["--format", kind, "--output", tmp_path / "new"]
     tiny_model().save_pretrained(tmp_path / "ours")
     assert "ours/config.json describes a model of this package: there is nothing to convert" in refused(

@@ -1,4 +1,4 @@
-"""Our searches against transformers' own, against a search over lists, against all outputs there are, and formulas."""
+"""Compares our searches with transformers', with a search over lists, with all possible outputs, and with formulas."""
 
 import copy
 import itertools
@@ -39,7 +39,7 @@ CONFIGURATIONS = {
 
 @pytest.fixture(scope="session")
 def models(lively_model):
-    """The lively models by the names of their configurations, each made once."""
+    """The lively models by the names of their configurations, each created once."""
     made: dict = {}
 
     def get(name: str):
@@ -79,7 +79,7 @@ def assert_same(ours, stock) -> None:
 
 
 def both(model, seed: int = 0, **arguments) -> tuple:
-    """What our `generate` (compiled too) and what transformers' own returns, with the same random numbers."""
+    """The results of our `generate` (also compiled) and of transformers' own, with the same random numbers."""
     arguments = {"max_new_tokens": 14, "return_dict_in_generate": True, "output_scores": True} | arguments
     torch.manual_seed(seed)
     stock = GenerationMixin.generate(model, **arguments)
@@ -188,7 +188,7 @@ def test_outputs_are_those_of_transformers(models, source, options, configuratio
 
 
 def test_the_models_here_end_sentences_at_different_lengths(models, source):
-    """Or the tests above would not see the half of a search."""
+    """Otherwise the tests above would cover only half of a search."""
     ends = []
     for configuration in CONFIGURATIONS:
         outputs = GenerationMixin.generate(models(configuration), **source(), num_beams=1, max_new_tokens=14)
@@ -333,7 +333,7 @@ def test_mistakes_are_told_as_by_transformers(models, source, wrong):
 
 
 class TestNeighbours:
-    """What a sentence becomes does not depend on those beside it, nor on when they end and leave."""
+    """A sentence's output does not depend on the others in its batch, nor on when they end."""
 
     # By the compiled program scores are the same to the last bit, in 8 bits too.
     INT8 = {"compiled": True, "compute_type": "int8"}
@@ -448,7 +448,7 @@ class Reference:
 
 
 def assert_found(output, expected: list[tuple[float, tuple[int, ...]]]) -> None:
-    """That the outputs of one sentence are these, in this order, with these scores."""
+    """Checks that a sentence has these outputs, in this order, with these scores."""
     for row, score, (true_score, tokens) in zip(
         output.sequences.tolist(), output.sequences_scores.tolist(), expected, strict=True
     ):
@@ -458,7 +458,7 @@ def assert_found(output, expected: list[tuple[float, tuple[int, ...]]]) -> None:
 
 
 class TestReference:
-    """Searches that transformers does not have (any more), against one over lists in float64."""
+    """Searches that transformers does not have (any more), compared with one over lists in float64."""
 
     OPTIONS = {"max_new_tokens": 8, "return_dict_in_generate": True}
 
@@ -548,7 +548,7 @@ def gnmt(alpha: float) -> Callable[[int], float]:
     return lambda length: (5 + length) ** alpha / (5 + 1) ** alpha
 
 
-# Arguments, what divides the log-probability, and beta.
+# Arguments, the divisor of the log-probability, and beta.
 PENALTIES = {
     "none": ({"length_penalty": 0.0}, power(0.0), 0.0),
     "mean": ({"length_penalty": 1.0}, power(1.0), 0.0),

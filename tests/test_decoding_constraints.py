@@ -1,4 +1,4 @@
-"""Forbidden and required phrases: kept by every output, without loss of what is best, and clear about mistakes."""
+"""Forbidden and required phrases: every output obeys them, the best one is found, and errors are clear."""
 
 import itertools
 
@@ -60,7 +60,7 @@ WAYS = {
 class TestForbidden:
     @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
     def test_no_output_contains_a_forbidden_phrase(self, model, source, options):
-        """Forbidden is, for each sentence, what it has said before: single tokens, pairs and triples of it."""
+        """Each sentence forbids tokens, pairs and triples of its own earlier output."""
         arguments = {**source, **options, "max_new_tokens": 10}
         torch.manual_seed(0)
         outputs = model.generate(**arguments)
@@ -140,7 +140,7 @@ class TestRequired:
         ids=str,
     )
     def test_phrases_that_share_tokens(self, model, source, several):
-        """Each has tokens of its own."""
+        """Each phrase needs its own tokens."""
         outputs = model.generate(
             **source, required_phrases=[several] * len(LENGTHS), num_beams=4, num_return_sequences=4, max_new_tokens=12
         )

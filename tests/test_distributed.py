@@ -1,4 +1,4 @@
-"""Several processes, on one machine and on two, with the model whole in each or sharded, do what one process does."""
+"""Several processes give the results of one: on one machine and on two, with a replicated or a sharded model."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-    """What runs in this process, too."""
+    """Uses float64 in this process, as in the others."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -91,7 +91,7 @@ def accelerate_launch(argv: list[str]) -> None:
 
 
 def signal_workers(launchers: list[Process], number: int) -> None:
-    """To all that still runs of what was started. torch gives the workers sessions of their own."""
+    """Sends a signal to all running descendants. torch starts the workers in new sessions."""
     for launcher in launchers:
         if launcher.exitcode is None:
             family = psutil.Process(launcher.pid)
@@ -102,7 +102,7 @@ def signal_workers(launchers: list[Process], number: int) -> None:
 
 @pytest.fixture(scope="module", params=KINDS)
 def processes(request, tmp_path_factory) -> Path:
-    """The folder of two processes that have done their part."""
+    """The folder of a finished run of two processes."""
     config, ending, parts = KINDS[request.param]
     folder = tmp_path_factory.mktemp("processes") / "two"
     recipe_in(folder, **ending)
@@ -117,7 +117,7 @@ def processes(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The folder of one process that accumulates two batches where two processes have one each."""
+    """The folder of a run of one process that accumulates two batches per update."""
     folder = tmp_path_factory.mktemp("alone") / "one"
     main([str(recipe_in(folder, gradient_accumulation_steps=2, **AVERAGE))])
     return folder
@@ -181,7 +181,7 @@ def test_one_update_is_the_same_however_two_processes_split_it(processes, split,
 def test_accelerate_knows_every_field_of_the_configurations(path):
     config = ClusterConfig.from_yaml_file(path)
     options = {action.dest for action in launch_command_parser()._actions}
-    # What accelerate makes of the nested fields' names.
+    # accelerate's names of the nested fields.
     nested = {f"fsdp_{name.removeprefix('fsdp_')}" for name in config.fsdp_config} | set(config.deepspeed_config)
     assert nested <= options
     command = next(line for line in path.read_text().splitlines() if line.startswith("# accelerate launch "))

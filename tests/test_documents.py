@@ -1,4 +1,4 @@
-"""What a newcomer meets first: the README's code and commands, `--help`, the wheel, and the names that are promised."""
+"""The README's code and commands, `--help`, the wheel, and the public names."""
 
 import re
 import shlex
@@ -54,7 +54,7 @@ COMMAND_NAMES = list(COMMANDS_OF_PROGRAM)
 
 @pytest.fixture
 def saved_model(tmp_path):
-    """A folder in which runs/quickstart and runs/en-fr hold a model that has learned nothing."""
+    """A folder with an untrained model in runs/quickstart and runs/en-fr."""
     tokenizer = train_tokenizer(["3 days ago"], 270)
     config = VanillaTransformerConfig(
         vocab_size=len(tokenizer),
@@ -156,7 +156,7 @@ def test_the_bare_package_needs_neither_the_training_extra_nor_the_tools():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """What the wheel puts into an environment."""
+    """The files that the wheel installs."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
     subprocess.run(build, check=True, capture_output=True, cwd=folder)
@@ -166,7 +166,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def from_wheel(site: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs Python away from the repository, with the wheel before what is installed."""
+    """Runs Python outside the repository, with the wheel first on the path."""
     environment = {"PYTHONPATH": str(site), "PATH": "", "HOME": str(site.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
     result = subprocess.run(command, env=environment, cwd=site.parent, capture_output=True, text=True)
@@ -209,7 +209,7 @@ def test_the_commands_of_the_wheel_train_score_translate_show_and_export(site):
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)
 def test_help_of_a_command_needs_no_library(name, site):
-    """Without torch and transformers it answers in a fraction of a second."""
+    """It imports neither torch nor transformers, so it answers in a fraction of a second."""
     code = "import sys, vanilla_transformer_commands.main as m; sys.argv[1:] = [{!r}, '--help']\n"
     code += "try: m.main()\nexcept SystemExit as end: assert not end.code\nprint(*sys.modules)"
     *shown, loaded = from_wheel(site, "-c", code.format(name)).stdout.splitlines()

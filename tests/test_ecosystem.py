@@ -1,4 +1,4 @@
-"""What users bring from elsewhere: device maps of accelerate, rows of datasets, metrics of evaluate, trackers."""
+"""Other libraries: device maps of accelerate, rows of datasets, metrics of evaluate, trackers."""
 
 import re
 import subprocess
@@ -110,7 +110,7 @@ def test_our_metric_is_used_as_any_of_evaluate():
 
 
 class Tracker(TrainerCallback):
-    """A user's own."""
+    """A user's own callback."""
 
     def __init__(self):
         self.logged = []

@@ -1,4 +1,4 @@
-"""The cache of what has been decoded: who sees what, and how large it grows."""
+"""The cache of decoded tokens: what each hypothesis sees, and its size."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ class TestTargetCache:
             wide = width if step else 1
             cache.make_room(wide)
             cache.append(0, torch.zeros(2, wide, 1, 1), torch.zeros(2, wide, 1, 1))
-            # All continue the best: what they have in common is stored once.
+            # All continue the best hypothesis: the common part is stored once.
             cache.move_beams(torch.zeros(2, width, dtype=torch.long))
             columns = cache.keys[0].shape[2]
             assert columns <= max(32, 1.6 * (step + 1) + 16 * width)

@@ -28,7 +28,7 @@ def test_which_engine_decodes_and_why(lively_model, padded, options, name, reaso
     assert reason in model.last_engine.reason
 
 
-# What only transformers' loops do, as arguments of `generate`, and what an error is to name.
+# Arguments of `generate` that only transformers' loops support, and the name that the error must have.
 STOCK = {
     "no cache": ({"use_cache": False}, "use_cache=False"),
     "static cache": (
@@ -63,7 +63,7 @@ def no_search_of_ours(monkeypatch):
 
 
 def filled(arguments: dict, model, source: dict) -> dict:
-    """The arguments with what cannot be written in a table."""
+    """Adds the arguments that cannot be written in a table."""
     made = dict(arguments)
     if "encoder_outputs" in made:
         made["encoder_outputs"] = model.model.encoder(**source)

@@ -1,4 +1,4 @@
-"""Which models our engines decode: those that are as this package makes them, and no others."""
+"""Our engines decode only models that nobody has changed."""
 
 import types
 
@@ -23,7 +23,7 @@ def source(padded):
 
 
 class Wrapped(nn.Linear):
-    """A layer as a quantiser or an adapter leaves it: it computes something else than `nn.Linear`."""
+    """A layer like that of a quantiser or an adapter: it does not compute what `nn.Linear` does."""
 
     def forward(self, x):
         return 1.1 * super().forward(x)
@@ -45,13 +45,13 @@ def loudly(method):
 
 
 class Loud(VanillaTransformerForConditionalGeneration):
-    """As a user subclasses a model."""
+    """A user's subclass of a model."""
 
     forward = loudly(VanillaTransformerForConditionalGeneration.forward)
 
 
 class Shy(VanillaTransformerForConditionalGeneration):
-    """It reads the first token of the target only."""
+    """It reads only the first token of the target."""
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         return super().prepare_inputs_for_generation(input_ids[:, :1].expand_as(input_ids), *args, **kwargs)
@@ -65,7 +65,7 @@ class Forgetful(VanillaTransformerForConditionalGeneration):
 
 
 class Picky(VanillaTransformerForConditionalGeneration):
-    """It searches with other scores of beams."""
+    """It changes the scores of beams."""
 
     def _get_top_k_continuations(self, **kwargs):
         return super()._get_top_k_continuations(**kwargs | {"accumulated_log_probs": -kwargs["accumulated_log_probs"]})
@@ -114,7 +114,7 @@ def in_training(model, monkeypatch):
 
 
 def dropout_alone_in_training(model, monkeypatch):
-    """As it is done to see how sure a model is."""
+    """Dropout while decoding, as used to estimate uncertainty."""
     layer = model.model.decoder.layers[0]
     layer.dropout.p = 0.4
     layer.dropout.train()
@@ -216,7 +216,7 @@ CHANGES = {
 
 @pytest.fixture
 def changeable(monkeypatch):
-    """`monkeypatch`, which also takes back what is no attribute."""
+    """`monkeypatch` that also reverts changes that are not attributes."""
     monkeypatch.callback = lambda: None
     yield monkeypatch
     monkeypatch.callback()
@@ -275,7 +275,7 @@ def test_what_changes_no_output_is_still_decoded_here(lively_model, source, chan
 
 @pytest.mark.parametrize("change", ["hook", "forward"])
 def test_a_head_that_is_hooked_or_replaced_is_called_in_training(lively_model, source, change):
-    """There the loss is taken without it otherwise."""
+    """Otherwise the loss in training would not use it."""
     model, labels = lively_model(dropout=0.0, label_smoothing=0.0).train(), source["input_ids"]
     if change == "hook":
         model.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
@@ -287,7 +287,7 @@ def test_a_head_that_is_hooked_or_replaced_is_called_in_training(lively_model, s
 
 
 def test_a_model_that_has_told_its_attention_is_still_decoded_here(lively_model, source):
-    """transformers leaves hooks in the layers, which do nothing unless something is to be recorded."""
+    """transformers leaves hooks in the layers; they do nothing unless outputs are recorded."""
     model = lively_model(attention="eager")
     model(**source, decoder_input_ids=torch.ones(4, 1, dtype=torch.long), output_attentions=True)
     assert inspect_model(model).unknown is None

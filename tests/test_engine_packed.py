@@ -1,4 +1,4 @@
-"""The packed network against the modules that it is made from."""
+"""Compares the packed network with the modules that it is made from."""
 
 import logging
 
@@ -70,7 +70,7 @@ def test_target_positions_beyond_those_prepared_are_right(tiny_model, source, pa
 
 @pytest.mark.parametrize("last", [3, 200])
 def test_a_table_that_another_thread_replaces_is_long_enough(tiny_model, monkeypatch, last):
-    """Between any two reads of the table, another thread puts a shorter one in its place."""
+    """Simulates another thread that replaces the table with a shorter one between two reads."""
     table = PositionTable(tiny_model().model.encoder)
     tables = iter([table.upto(100), *[table.upto(0)[:1]] * 9])
     monkeypatch.setattr(PositionTable, "table", property(lambda _: next(tables), lambda *_: None), raising=False)
@@ -129,11 +129,11 @@ LOST_BY_ROUNDING = {None: 1e-4, "float32": 1e-4, "bfloat16": 0.2, "int8": 0.6}
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("compute_type", LOST_BY_ROUNDING)
 def test_what_is_found_in_every_type_is_likely_in_float32(lively_model, source, compute_type, seed):
-    """Every token of the greedy search, and the whole of what beams find, by the model itself."""
+    """Scores every token of greedy search, and whole outputs of beam search, with the model itself."""
     model = lively_model(seed=seed, d_model=128, encoder_ffn_dim=256, decoder_ffn_dim=192)
 
     def scored(beams: int, compute_type: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is found, without what follows an end: the tokens' log-probabilities, and those of the likeliest."""
+        """For tokens up to the end: their log-probabilities, and those of the likeliest tokens."""
         found = model.generate(**source, num_beams=beams, max_new_tokens=20, compute_type=compute_type)
         with torch.no_grad():
             scores = model(**source, decoder_input_ids=found[:, :-1]).logits.log_softmax(dim=-1)

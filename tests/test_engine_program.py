@@ -1,4 +1,4 @@
-"""Where the compiled program comes from, which engine decodes and why, and what a machine may lack."""
+"""The cache of the compiled program, the choice of the engine, and machines without a compiler."""
 
 import errno
 import multiprocessing
@@ -39,7 +39,7 @@ def cache(program_cache):
 
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """Without optimisation: what is compiled does not matter here, and most of these tests compile."""
+    """Compiles without optimisation: these tests compile often, and speed does not matter here."""
     monkeypatch.setattr(program, "FLAGS", [flag for flag in program.FLAGS if flag != "-O3"])
 
 
@@ -95,7 +95,7 @@ class TestFile:
     def test_beside_a_program_that_this_machine_cannot_load_it_is_compiled(
         self, lively_model, source, monkeypatch, cache, file, expected
     ):
-        """Where machines share a home, it may be that of another, with newer libraries."""
+        """With a shared home folder it may come from another machine, with newer libraries."""
         for _ in range(2):
             model = lively_model()
             assert torch.equal(model.generate(**source, max_new_tokens=8), expected)
@@ -121,7 +121,7 @@ def _no_home(_):
     raise RuntimeError("Could not determine home directory.")
 
 
-# In a process of its own, for a damaged program ends the process that runs it. Each is a file that was never loaded.
+# In a separate process, because a damaged program would end it. Each is a file that was never loaded.
 DAMAGED = """
 import random, sys
 from pathlib import Path
@@ -189,7 +189,7 @@ class TestDamage:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
     def test_a_fork_while_a_thread_compiles_compiles_for_itself(self, cache, tmp_path):
-        """The thread is not in the child, nor is whoever holds the lock."""
+        """A fork has neither the thread nor the holder of the lock."""
         wait, script = tmp_path / "wait", Path(os.environ["CXX"])
         wait.touch()
         script.write_text(script.read_text().replace("for last", f"while [ -e {wait} ]; do sleep 0.02; done\nfor last"))
@@ -261,7 +261,7 @@ class TestDamage:
         decodes(lively_model(), source, expected)
 
 
-# What a compiler may do, as a shell script, and what is told of it.
+# Compilers that fail, as shell scripts, and the reason that must be reported.
 FAILURES = {
     "kill -9 $$": "was killed by SIGKILL: is there enough memory?",
     "echo 'g++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1": (

@@ -1,4 +1,4 @@
-"""vanilla-transformer export, and the examples that docs/interoperability.md has for what it writes."""
+"""vanilla-transformer export, and the examples in docs/interoperability.md."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def expected_of(model, tokenizer, **options):
 
 
 def printed_by(example, folder, *without):
-    """What the last line of an example says, in a process in which these modules cannot be imported."""
+    """The output of an example's last line, in a process that cannot import these modules."""
     code = WITHOUT.format(modules=["vanilla_transformer", *without]) + example
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -65,7 +65,7 @@ def test_the_command_and_the_example_of_each_format_do_what_they_say(number, mak
     kind = list(SCRIPT.FORMATS)[number]
     SCRIPT.main(shlex.split(COMMANDS[number]))
     assert [path.name for path in (tmp_path / "exported").iterdir()] == [kind]
-    # onnxruntime needs neither of them, torch's programs not the second
+    # onnxruntime needs neither torch nor transformers; torch's programs need only torch
     without = {"onnx": ["torch", "transformers"], "torch": ["transformers"]}.get(kind, [])
     found = printed_by(EXAMPLES[number], tmp_path, *without)
     if kind == "torch":

@@ -1,4 +1,4 @@
-"""Every mode of `generate()` against decoding by full forward passes, and the defaults that the paper gives."""
+"""Compares all modes of `generate()` with decoding by full forward passes; checks the paper's defaults."""
 
 import copy
 import itertools
@@ -309,7 +309,7 @@ class TestDefaults:
 
     @pytest.mark.parametrize("load", [VanillaTransformerForConditionalGeneration, AutoModelForSeq2SeqLM])
     def test_a_folder_without_a_generation_config_has_them(self, endless, padded, tmp_path, load):
-        """As an older release, or another program, leaves a folder."""
+        """A folder as written by an older release or another program."""
         model = endless()
         model.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").unlink()
@@ -354,7 +354,7 @@ def default_dtype(dtype):
 
 
 TOLD = {"return_dict_in_generate": True}
-# Everything that makes tensors of its own: each engine, and what it does only for some arguments.
+# Everything that creates tensors: each engine, with the arguments for which it does more.
 DECODINGS = {
     "compiled, greedy": {"num_beams": 1, "compiled": True},
     "compiled, beams": {"num_beams": 4, "num_return_sequences": 2, "compiled": True, **TOLD},
@@ -378,7 +378,7 @@ DECODINGS = {
 
 
 def decoded(model, source, options: dict) -> list[torch.Tensor]:
-    """All tensors of an output, by packed weights that are made anew."""
+    """All tensors of an output, with newly packed weights."""
     model, options = copy.deepcopy(model), {"compiled": False, "max_new_tokens": 8, **options}
     if "ensemble" in options:
         options["ensemble"] = [model]
@@ -397,7 +397,7 @@ def decoded(model, source, options: dict) -> list[torch.Tensor]:
     [pytest.param(*each, marks=[needs_compiler] * ("compiled" in each[0])) for each in DECODINGS.items()],
 )
 class TestSettingsOfTorch:
-    """What a process has set for new tensors, for its own purposes, changes no output."""
+    """Settings of the process for new tensors (dtype, device) do not change the output."""
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
     def test_the_default_dtype(self, lively_model, source, monkeypatch, name, options, dtype):
@@ -456,7 +456,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instructions can be hidden on x86-64 only")
 def test_sixteen_bits_work_on_a_processor_without_instructions_for_them(lively_model, padded, tmp_path):
-    """The weights are what is rounded: the outputs are those of a float32 model with the same weights."""
+    """Only the weights are rounded: the outputs equal those of a float32 model with the rounded weights."""
     tokenizer = train_tokenizer(["a b c"] * 9, 270)
     lively_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     for folder in ("model", "other"):
@@ -472,7 +472,7 @@ def test_sixteen_bits_work_on_a_processor_without_instructions_for_them(lively_m
             assert found[f"saved in {dtype}{what}"] == found[f"{dtype} in float32{what}"]
         assert found[f"saved in {dtype}, engine"] == "packed"
         assert len(set(map(tuple, found[f"saved in {dtype}"]))) > 1
-    # Autocast rounds to bfloat16 what is in float32.
+    # Autocast rounds float32 values to bfloat16.
     assert found["autocast"] == found["saved in torch.bfloat16"]
     assert found["autocast, translated"] == found["saved in torch.bfloat16, translated"]
 

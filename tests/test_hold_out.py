@@ -1,4 +1,4 @@
-"""A first run on one's own training file alone: rows of it are held out, named in the log, and never trained on."""
+"""A run with only a training file: some rows are held out, listed in the log, and not trained on."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ SMALL = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "per_device_train_batch_tokens": 900,
     "warmup_steps": 2, "num_train_epochs": 1, "max_new_tokens": 3, "report_to": "none", "disable_tqdm": "true",
 }  # fmt: skip
-# Rows 0 and 50 can be told from the others by what leaves them out: no text, and too much of it.
+# Rows 0 and 50 are left out by the filters: one has no text, one has too much.
 ROWS = [(f"word {number}", f"Wort {number}") for number in range(100)]
 ROWS[0], ROWS[50] = ("", "leer"), ("long " * 300, "lang")
 LEFT = [row for row in ROWS if row not in (ROWS[0], ROWS[50])]
@@ -27,7 +27,7 @@ LEFT = [row for row in ROWS if row not in (ROWS[0], ROWS[50])]
 
 @pytest.fixture
 def files(tmp_path) -> list[str]:
-    """The command line that names nothing but training files."""
+    """A command line with only training files."""
     for number, name in enumerate(("train.en", "train.de")):
         (tmp_path / name).write_text("".join(f"{row[number]}\n" for row in ROWS))
     names = [str(tmp_path / name) for name in ("train.en", "train.de")]

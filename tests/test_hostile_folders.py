@@ -1,4 +1,4 @@
-"""A folder that somebody else has made is refused in words, whichever program is given it, and nothing in it is run."""
+"""Every program refuses a damaged or hostile folder with a message, and runs no code from it."""
 
 import io
 import json
@@ -38,7 +38,7 @@ TEXT = ["what ever, what else, whichever"]
 
 
 class Marker:
-    """A pickle of it makes this file where it is loaded without care."""
+    """Unpickling it, with code allowed, creates this file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -52,7 +52,7 @@ def code(marker: Path) -> str:
 
 
 def change(folder: Path, name: str, **fields) -> None:
-    """Other values in a JSON file."""
+    """Changes values in a JSON file."""
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
@@ -64,7 +64,7 @@ def change_weights(folder: Path, changed: Callable[[dict], object]) -> None:
 
 
 def change_header(folder: Path, changed: Callable[[dict], object]) -> None:
-    """Another header before the same data."""
+    """Replaces the header of the same data."""
     data = (folder / WEIGHTS).read_bytes()
     end = HEADER_LENGTH + struct.unpack("<Q", data[:HEADER_LENGTH])[0]
     header = json.loads(data[HEADER_LENGTH:end])
@@ -74,7 +74,7 @@ def change_header(folder: Path, changed: Callable[[dict], object]) -> None:
 
 
 def shard(folder: Path, place: str) -> None:
-    """The weights under another name, which only an index tells."""
+    """Renames the weights to a name that only an index has."""
     names = list(load_file(folder / WEIGHTS))
     (folder / WEIGHTS).rename(folder / place)
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, place)}
@@ -178,7 +178,7 @@ def larger_tokenizer(folder: Path, marker: Path) -> None:
 
 
 def smaller_tokenizer(folder: Path, marker: Path) -> None:
-    """Not by as many as a table is padded by."""
+    """The tokenizer has fewer tokens than the embeddings, by more than padding of the table explains."""
     model = VanillaTransformerForConditionalGeneration.from_pretrained(folder)
     model.resize_token_embeddings(300)
     model.save_pretrained(folder)
@@ -209,7 +209,7 @@ def config_of_another_model(folder: Path, marker: Path) -> None:
 
 
 def unknown_model_with_code(folder: Path, marker: Path) -> None:
-    """transformers asks on the standard input whether to run it."""
+    """Adds code: transformers asks on standard input whether to run it."""
     (folder / "evil.py").write_text(code(marker))
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForSeq2SeqLM": "evil.Model"}
     change(folder, "config.json", model_type="evil", auto_map=auto_map)
@@ -222,7 +222,7 @@ def tokenizer_with_code(folder: Path, marker: Path) -> None:
 
 
 class Case(NamedTuple):
-    """A way to ruin a folder, what is said of it, and what transformers raises, None where it takes it."""
+    """A way to damage a folder, our message, and the error of transformers (None if it loads the folder)."""
 
     ruin: Callable[[Path, Path], None]
     message: str
@@ -280,7 +280,7 @@ def folder(good, tmp_path) -> Path:
 
 @pytest.fixture
 def marker(tmp_path) -> Path:
-    """What code of a folder would make. No code has when the test ends."""
+    """The file that a folder's code would create. It must not exist when the test ends."""
     path = tmp_path / "marker"
     yield path
     assert not path.exists()
@@ -315,7 +315,7 @@ def test_our_classes_come_before_those_that_a_folder_brings(trust, folder, marke
 
 
 def test_the_code_of_these_folders_runs_where_it_is_trusted(folder, tmp_path):
-    """So that the tests above would show if it did."""
+    """Shows that the tests above would notice code that is run."""
     pickled_weights(folder, tmp_path / "pickle")
     torch.load(folder / "pytorch_model.bin", weights_only=False)
     plain_pickle_folder = shutil.copytree(folder, tmp_path / "plain")
@@ -353,7 +353,7 @@ PROGRAMS = {
 
 @pytest.fixture
 def folder_with_code(folder, marker, tmp_path) -> Path:
-    """For whose code transformers asks, beside some text."""
+    """A folder with code that transformers would ask about, beside a text file."""
     unknown_model_with_code(folder, marker)
     tokenizer_with_code(folder, marker)
     (tmp_path / "a.txt").write_text("yes\n")
@@ -372,7 +372,7 @@ def test_a_program_ends_with_one_line_and_asks_nothing(program, argv, folder_wit
 
 
 def test_a_yes_among_the_sentences_trusts_no_code(folder_with_code):
-    """transformers reads its answer from the standard input, on which sentences come."""
+    """transformers would read its answer from standard input, which holds the sentences."""
     command = [sys.executable, "-m", "vanilla_transformer_commands", "translate", str(folder_with_code)]
     result = subprocess.run(command, input="y\ny\n", capture_output=True, text=True)
     assert result.returncode == 2, result.stderr[-2000:]
@@ -417,7 +417,7 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize(("ruin", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_hostile_checkpoint_is_not_resumed_from(ruin, message, checkpoint, marker, tiny_model):
-    """Though its manifest is right: whoever has made it has written that too."""
+    """It is refused although its manifest is right: an attacker can write that too."""
     ruin(checkpoint, marker)
     (checkpoint / "manifest.json").unlink()
     seal(checkpoint)

@@ -1,4 +1,4 @@
-"""vanilla-transformer info: what it prints is what the model and `generate()` say."""
+"""vanilla-transformer info: its output agrees with the model and `generate()`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the allocator does after it was told to hold memory, counted by the kernel in page faults."""
+"""`hold_memory`: the allocator keeps freed memory, shown by the kernel's count of page faults."""
 
 import platform
 import subprocess

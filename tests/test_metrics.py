@@ -1,4 +1,4 @@
-"""Scores against sacrebleu's command line and by hand."""
+"""Compares scores with sacrebleu's command line and with hand computation."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_a_perfect_translation_has_perfect_scores():
 
 
 def test_no_folder_is_needed():
-    """Where `HF_HOME` is on a read-only file system. An error would come when all has been translated."""
+    """`HF_HOME` is on a read-only file system. An error would come after all sentences are translated."""
     code = (
         "from vanilla_transformer.training.metrics import TranslationMetrics\n"
         "metrics = TranslationMetrics()\n"

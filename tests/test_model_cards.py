@@ -1,4 +1,4 @@
-"""model_cards/: the Hub's own parser reads them, and they claim no figure that was not measured."""
+"""model_cards/: the Hub's own parser reads the cards, and every figure in them was measured."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The network against independent references, and against itself by every other way to compute the same."""
+"""Compares the network with independent references, and all ways of computing the same output with each other."""
 
 import math
 from types import SimpleNamespace
@@ -293,7 +293,7 @@ class TestOneNetworkManyWays:
 
 
 class TestWhatIsSeen:
-    """Attention reaches what it may and nothing else."""
+    """Attention sees exactly the tokens that it may see."""
 
     @pytest.mark.parametrize("attention", ATTENTIONS)
     @each_network
@@ -356,7 +356,7 @@ class TestWhatIsSeen:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
 class TestFlexAttention:
-    """Not compiled, which would take minutes on a CPU: the same masks and the same arithmetic, unfused."""
+    """Not compiled, since that takes minutes on a CPU: the same masks and arithmetic, unfused."""
 
     @pytest.fixture(autouse=True)
     def uncompiled(self):
@@ -638,7 +638,7 @@ class TestInitialisation:
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_keys_that_a_checkpoint_lacks_are_initialised(self, tiny_model, tmp_path, tied):
-        """A model loads without memory of its own (on the meta device): what is missing must still get its values."""
+        """Loading creates the model on the meta device; missing weights must still be initialised."""
         base = tiny_model(VanillaTransformerModel, tie_word_embeddings=tied)
         base.save_pretrained(tmp_path)
         model, info = VanillaTransformerForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)

@@ -47,7 +47,7 @@ def needed(target: Target) -> Target:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_products_in_8_bits_are_exact(tmp_path, name):
-    """Every state times every weight, beside the largest sums that there are, in 64 bits."""
+    """Every state times every weight, added to the largest possible sums, in 64 bits."""
     command = build(tmp_path / "arithmetic", needed(TARGETS[name]), "-O1", *WARNINGS, source="arithmetic.cpp")
     subprocess.run(command, check=True)
 
@@ -94,6 +94,6 @@ def test_a_short_fuzz_finds_nothing(tmp_path, name):
     trivial.write_text("int main() {}\n")
     if subprocess.run(["g++", *flags, str(trivial), "-o", str(tmp_path / "trivial")], check=False).returncode:
         pytest.skip(f"g++ is without {name} (on Debian it comes with libgcc-*-dev)")
-    # GCC takes five times as long to optimise what it instruments, and to note where each line is.
+    # GCC takes five times as long with optimisation and line numbers for instrumented code.
     command = build(tmp_path / "driver", Target([*program.compiler_flags(), *flags]), "-O0")
     fuzz(command, seconds=4, seed=0)

@@ -1,4 +1,4 @@
-"""The loss against its definition, and its independence of how an update's tokens are split."""
+"""Compares the loss with its definition; it does not depend on how the tokens of an update are split."""
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_the_gradient_scales_with_what_follows_the_loss():
 
 
 def test_training_never_holds_the_logits_of_all_tokens(tiny_model, batch):
-    """Between forward and backward nothing of the size [tokens, vocabulary] is kept, and nothing is made."""
+    """No tensor of the size [tokens, vocabulary] is created or kept between forward and backward."""
     shapes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -230,7 +230,7 @@ def moved_left(tokens: torch.Tensor, padding: int) -> torch.Tensor:
 
 
 class TestPaddingOnTheLeft:
-    """A row means the same on whichever side it is padded: loss, gradients and scores."""
+    """Loss, gradients and scores do not depend on the side of the padding."""
 
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     @pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "learned"}], ids=["sinusoids", "learned"])
@@ -281,7 +281,7 @@ class TestPaddingOnTheLeft:
         torch.testing.assert_close(model(input_ids=source, decoder_input_ids=given, labels=labels).loss, expected)
 
     def test_a_collator_that_pads_on_the_left_is_refused(self, tiny_model):
-        """Its `decoder_input_ids` alone would tell no padding."""
+        """`decoder_input_ids` alone do not show the padding."""
         tokenizer = train_tokenizer(["some text"], 300)
         tokenizer.padding_side = "left"
         collator = DataCollatorForSeq2Seq(tokenizer, model=tiny_model(vocab_size=300))
@@ -290,7 +290,7 @@ class TestPaddingOnTheLeft:
 
 
 class TestOutputsByNumber:
-    """Where training leaves the logits out, nothing else may stand in their place."""
+    """If training leaves the logits out, no other output may take their place."""
 
     @pytest.mark.parametrize("place", [1, -1, slice(1, None), slice(None)], ids=str)
     def test_training_without_logits_has_nothing_behind_the_loss(self, tiny_model, batch, place):

@@ -1,4 +1,4 @@
-"""The cheap dropout against what dropout is, independent coins; one cast against several; products against float64."""
+"""The fast dropout compared with independent draws; one cast with several; products with float64."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_the_rate_and_the_scale_are_right(p, dtype):
 
 
 def test_coins_are_independent():
-    """Four share one random number: neighbours, and elements of other draws, must still not know of each other."""
+    """Four elements share a random number; they, and elements of other draws, must still be independent."""
     torch.manual_seed(0)
     zeros = (fast_dropout(torch.ones(400_000), 0.4, training=True) == 0).double()
     for distance in (1, 2, 3, 4, 5, 8):

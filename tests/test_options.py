@@ -70,14 +70,14 @@ DEFAULTS = vars(PARSER.parse_args([]))
 # What decides which data there are, and which ids.
 OF_DATA = {option.name for group in (DataArguments, TokenizerArguments) for option in fields(group)} | {"model", "bf16"}
 
-# What the Trainer may or may not do, each in a way of its own. torch.compile takes minutes.
+# Switches of the Trainer, each tested in its own way. torch.compile takes minutes.
 CHOICES = {name for name in ACTIONS if ACTIONS[name].choices or bool in get_args(HINTS[name]) or HINTS[name] is bool}
 CHOICES -= {"torch_compile", "log_level", "log_level_replica", "hub_strategy", "hub_always_push", "hub_private_repo"}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> tuple:
-    """The data of the recipe, for fields that have no part in it."""
+    """The recipe's data, for fields that do not concern data."""
     folder = tmp_path_factory.mktemp("prepared")
     write_data(folder)
     return prepare_data(parse_recipe(recipe_with(folder)))
@@ -91,7 +91,7 @@ def write_data(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Twenty rows, and nothing outside; what a run changes of the process is changed back."""
+    """A folder with twenty rows. Restores the state of the process that a run changes."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     for name, value in list(os.environ.items()):
@@ -110,7 +110,7 @@ def recipe_in(folder: Path) -> dict[str, Any]:
 
 
 def recipe_with(folder: Path, **fields: Any) -> list[str]:
-    """A recipe of a tiny run with some fields changed; text as it stands."""
+    """A recipe of a tiny run with some fields changed; a text is written unchanged."""
     told = recipe_in(folder) | fields
     (folder / "recipe.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     return [str(folder / "recipe.yaml")]
@@ -152,7 +152,7 @@ def kinds_of(name: str) -> set[Any]:
 
 
 def wrong_type(name: str) -> list[str]:
-    """Text that a field's type does not have."""
+    """Texts that are not values of a field's type."""
     if ACTIONS[name].choices:
         return ["nothing", "3"]
     text = {
@@ -164,7 +164,7 @@ def wrong_type(name: str) -> list[str]:
 
 
 def out_of_range(name: str) -> list[str]:
-    """Values that a field's type has, and few fields a use for."""
+    """Values of a field's type that few fields accept."""
     kinds = kinds_of(name)
     if ACTIONS[name].choices:
         return list(ACTIONS[name].choices)
@@ -202,13 +202,13 @@ def test_null_is_a_value_where_the_type_has_it_and_a_default_that_is_written_dow
 
 @pytest.mark.parametrize("name", ACTIONS)
 def test_no_value_ends_a_run_by_a_traceback(name, refusal):
-    """Some are refused, before the first update."""
+    """Some values are refused, before the first update."""
     nothing = [None] if NoneType in kinds_of(name) and DEFAULTS[name] is not None else []
     for value in out_of_range(name) + nothing:
         assert refusal(name, value) != ""
 
 
-# A line of YAML, and what it says. Where YAML itself reads something else, that stands beside it.
+# A line of YAML -> its meaning here, with YAML's own meaning in a comment where it differs.
 LINES = {
     "target_lang: no": "no",  # false
     "source_lang: on": "on",  # true

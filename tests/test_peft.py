@@ -37,7 +37,7 @@ EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "lm_head
 
 
 def adapted(model, **options) -> PeftModel:
-    """With adapters that change what the model says, as peft's own first values would not."""
+    """A model whose adapters change its output; with peft's initial values they would not."""
     config = LoraConfig("SEQ_2_SEQ_LM", r=4, target_modules=EVERY_LINEAR, init_lora_weights=False, **options)
     return get_peft_model(model, config).eval()
 
@@ -139,7 +139,7 @@ def write_rows(path: Path, pairs: list[tuple[str, str]]) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A run of its own, small."""
+    """A small run."""
     folder = tmp_path_factory.mktemp("base")
     main([str(write_recipe(folder)), *SILENT])
     return folder / "run"
@@ -147,7 +147,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(base, tmp_path_factory) -> tuple[list[str], Path]:
-    """How it is taught another language, and where."""
+    """The command line that trains it on another language, and the folder."""
     folder = tmp_path_factory.mktemp("lora")
     train = write_rows(folder / "train.jsonl", [pair for pair in OTHER_PAIRS if pair not in OTHER_PAIRS[::7]])
     test = write_rows(folder / "test.jsonl", OTHER_PAIRS[::7])
@@ -174,7 +174,7 @@ def test_the_program_teaches_a_model_another_language_and_leaves_a_plain_folder(
     assert exact_match(folder) == pytest.approx(metrics["scores"]["exact_match"])
     assert exact_match(folder) > exact_match(base)
     assert not [path.name for path in folder.iterdir() if path.name.startswith("adapter")]
-    # What was not adapted is what it was, also after an evaluation.
+    # All other weights are unchanged, also after an evaluation.
     assert (folder / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
     assert torch.equal(*(load_file(path / "model.safetensors")["model.shared.weight"] for path in (base, folder)))
 

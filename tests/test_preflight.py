@@ -1,4 +1,4 @@
-"""Preflight: it says what the run then does, names what would end the run late, and leaves nothing behind."""
+"""Checks before a run: they predict what the run does, find errors that would end it later, and leave no files."""
 
 import json
 import re
@@ -53,7 +53,7 @@ num_train_epochs: 1
 num_beams: 1
 max_new_tokens: 40
 """
-# A source of n words and a target of n + 1, which the vocabulary has one subword each for.
+# A source of n words and a target of n + 1. Each word is one subword.
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 ROWS = [{"source": " ".join(WORDS[:n]), "target": " ".join(WORDS[: n + 1])} for n in range(1, 10)] * 6
 FILES = """
@@ -76,7 +76,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """A recipe of small files, to be changed by the command line."""
+    """A recipe with small files; tests change it on the command line."""
     write_rows(tmp_path / "train.jsonl", ROWS)
     write_rows(tmp_path / "valid.jsonl", ROWS[:9])
     write_rows(tmp_path / "test.jsonl", ROWS[:3])
@@ -86,7 +86,7 @@ def recipe(tmp_path) -> Path:
 
 @pytest.fixture
 def prepare(recipe):
-    """Does what a run does before it trains, for the recipe with some fields changed."""
+    """Prepares a run of the recipe, with some fields changed."""
 
     def build(*argv, tokenizer=None) -> Run:
         told = parse_recipe([str(recipe), *argv])
@@ -308,7 +308,7 @@ def test_more_checkpoints_than_the_disk_holds_are_an_error(prepare):
 
 
 def test_a_checkpoint_takes_what_the_report_says(prepare, recipe):
-    """Against the files of a run: weights, Adam's state, and the mean of the weights."""
+    """Compares with the files of a run: weights, Adam's state, and the mean of the weights."""
     argv = ["--ema_decay", "0.9", "--d_model", "64", "--max_steps", "1", "--eval_strategy", "no", "--save_steps", "1"]
     argv += ["--load_best_model_at_end", "false", "--max_eval_samples", "1"]
     main([str(recipe), *argv])

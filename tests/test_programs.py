@@ -22,7 +22,7 @@ from vanilla_transformer_commands.benchmark import command as benchmark
 
 
 ROOT = Path(__file__).parents[1]
-# One process imports what is needed; a fork of it for each case runs a program, and ends as Python ends.
+# One process has all imports. For each case a fork of it runs a program, and ends as Python does.
 # Without torch, whose modules are most of what would end with each of them.
 DRIVER = """
 import os, sys, types
@@ -59,7 +59,7 @@ for number, (setup, body) in enumerate(CASES):
 
 
 class Case(NamedTuple):
-    """What happens to a program's streams, what it does, and how it ends: status, output, errors."""
+    """A case: the state of a program's streams, its task, and its end: status, output, errors."""
 
     setup: str
     body: str
@@ -199,7 +199,7 @@ def test_the_packages_of_each_extra_are_those_of_pyproject():
         assert packages == tuple(imported.get(name, name) for name in names)
 
 
-# What each program is told, OUTPUT last; there is no model of this name, and no checkpoint.
+# The arguments of each program, OUTPUT last. There is no model of this name, and no checkpoint.
 WRITERS = {
     "translate": (translate.main, ["nowhere", "--input", "a.txt", "--output"]),
     "evaluate": (evaluate.main, ["nowhere", "--test_file", "a.txt", "a.txt", "--output_file"]),

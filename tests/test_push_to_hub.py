@@ -108,14 +108,14 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
-    """Somebody who has all that this project needs."""
+    """A user with everything that this project needs."""
     with Client(sys.executable, hub.url, tmp_path_factory.mktemp("client")) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
 def stranger(hub, tmp_path_factory):
-    """Somebody who has torch, transformers and tokenizers, and what they require."""
+    """A user with only torch, transformers, tokenizers and their requirements."""
     python = fresh_environment(tmp_path_factory.mktemp("fresh"), "torch", "transformers", "tokenizers")
     with Client(python, hub.url, tmp_path_factory.mktemp("stranger")) as process:
         yield process
@@ -123,7 +123,7 @@ def stranger(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(hub, client, tmp_path_factory) -> Path:
-    """The folder of a run that pushed its checkpoints and, when it ended, itself to NAME/trained."""
+    """The folder of a run that pushed its checkpoints and, at its end, its model to NAME/trained."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "recipe.yaml").write_text(RECIPE)
     printed = client.run(TRAIN, OWNER, argv=[str(folder / "recipe.yaml"), "--output_dir", str(folder / "run")])
@@ -133,7 +133,7 @@ def trained(hub, client, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def push(client):
-    """Runs the command, as the command line does."""
+    """Runs the command as from the command line."""
 
     def run(*argv, token=OWNER) -> str:
         return client.run(PUSH, token, argv=list(map(str, argv)))
@@ -143,7 +143,7 @@ def push(client):
 
 @pytest.fixture(scope="module")
 def pushed(trained, push, hub) -> str:
-    """The name of a repository that the command has made."""
+    """The name of a repository that the command has created."""
     said = push(trained, "NAME/mine")
     assert f"{trained} is at {hub.url}/NAME/mine, revision {hub.history('NAME/mine')[0].sha}" in said
     return "NAME/mine"
@@ -151,7 +151,7 @@ def pushed(trained, push, hub) -> str:
 
 @pytest.fixture(scope="module")
 def expected(trained) -> list[str]:
-    """What the run's own model makes of the examples, here."""
+    """The translations of the examples by the run's own model."""
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(trained).eval(), AutoTokenizer.from_pretrained(trained)
     translations = translate(model, tokenizer, EXAMPLES)
     assert len(set(translations)) > 2
@@ -160,13 +160,13 @@ def expected(trained) -> list[str]:
 
 @pytest.fixture
 def copy(trained, tmp_path) -> Path:
-    """A run's folder to do things to."""
+    """A copy of a run's folder that a test may change."""
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
     return tmp_path / "run"
 
 
 def change_weights(run: Path, factor: float) -> None:
-    """Another model of the same shape; a Hub does not ask for what it has, so each test takes a factor of its own."""
+    """Scales the weights. Each test needs its own factor: the Hub does not request files that it already has."""
     weights = load_file(run / "model.safetensors")
     save_file(
         {name: weight * factor for name, weight in weights.items()},
@@ -204,7 +204,7 @@ class TestPushing:
         )
 
     def test_nothing_tells_of_the_folders_of_whoever_has_made_it(self, trained, pushed, hub):
-        """The recipe names them by their last part, and is else the run's own."""
+        """The pushed recipe holds their names without folders; otherwise it is the run's recipe."""
         texts = {name: data for name, data in hub.files(pushed).items() if name not in ("model.safetensors", *CODE)}
         assert not [name for name, data in texts.items() if str(trained.parent).encode() in data]
         own = yaml.safe_load((trained / "recipe.yaml").read_text())
@@ -212,7 +212,7 @@ class TestPushing:
         assert yaml.safe_load(texts["recipe.yaml"]) == own | {"output_dir": "run"}
         (shown,) = re.findall(r"```yaml\n(.*?)```", texts["README.md"].decode(), re.DOTALL)
         assert shown.encode() == texts["recipe.yaml"]
-        assert b"warmup_steps: 30\n" in texts["recipe.yaml"]  # as it was told, and not 30.0
+        assert b"warmup_steps: 30\n" in texts["recipe.yaml"]  # as it was given, and not 30.0
 
     def test_a_run_pushes_its_checkpoints_without_pickles_and_then_what_the_command_pushes(self, trained, pushed, hub):
         history = hub.history("NAME/trained")
@@ -467,7 +467,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
 
 
 def edit(pattern: str, replacement: str) -> Callable[[Path], object]:
-    """A change of the card."""
+    """A function that changes the card."""
 
     def change(run: Path) -> None:
         text, count = re.subn(pattern, replacement, (run / "README.md").read_text(), count=1)

@@ -1,4 +1,4 @@
-"""int8 by torchao: tests/peers/torchao_tests.py, in an environment of its own, for torchao speaks at every import."""
+"""int8 by torchao: tests/peers/torchao_tests.py, in a separate environment, because torchao prints at every import."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""R-Drop: the divergence, the loss that is made of it, and that a batch can be split as one likes."""
+"""R-Drop: the divergence, the loss, and that results do not depend on how a batch is split."""
 
 import copy
 import os
@@ -42,7 +42,7 @@ def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypat
     labels[0, 3:] = labels[2, 1:] = -100
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         logits = torch.randn(6, 5, 13, generator=generator).mul(8).to(dtype)
-        # What padding predicts must not matter, whatever it is.
+        # Predictions at padding must have no effect.
         logits[0, 3:] = 1e4
         reference = logits.double().requires_grad_()
         p, q = (half.log_softmax(-1)[labels != -100] for half in reference.chunk(2))
@@ -57,7 +57,7 @@ def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypat
 
 
 def test_small_gradients_of_half_precision_are_not_lost():
-    """They are scaled up before they are rounded, as a loss's scaler wants it."""
+    """They are multiplied by the loss scale before they are rounded."""
     logits, scale = torch.tensor([[[0.0, -16.0]], [[0.0, -15.0]]], dtype=torch.float16).requires_grad_(), 2.0**16
     (scale * symmetric_divergence(logits, torch.tensor([[0]]))).backward()
     p, q = logits.detach().double().softmax(dim=-1)[:, 0]
@@ -122,7 +122,7 @@ def test_without_dropout_and_in_evaluation_it_changes_nothing(tiny_model, padded
 
 
 def halve_differently(module, inputs, output):
-    """Stands in for dropout: other features fall out in the second pass, the same ones in every row."""
+    """Replaces dropout: the second pass drops other features, the same ones in every row."""
     rows, width = len(output) // 2, output.shape[-1]
     kept = torch.ones(2, width)
     kept[0, ::3], kept[1, 1::3] = 0, 0
@@ -130,7 +130,7 @@ def halve_differently(module, inputs, output):
 
 
 def one_update(folder, batch: int, accumulation: int = 1, alpha: float = 5.0) -> dict[str, torch.Tensor]:
-    """The loss of one update over eight uneven rows, and by how much it moved each weight."""
+    """The loss of one update over eight uneven rows, and the change of each weight."""
     torch.manual_seed(0)
     model = VanillaTransformerForConditionalGeneration(
         VanillaTransformerConfig(**TINY, dropout=0.0, label_smoothing=0.1)

@@ -1,4 +1,4 @@
-"""A run that is resumed with something changed: it is used, or refused by name with the run's folder as it was."""
+"""Resumes runs with changed fields: a change is used, or is an error that leaves the run's folder unchanged."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def whole(begun, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(begun, tmp_path) -> Path:
-    """A copy of the folder with the run in it, to do things to."""
+    """A copy of the folder, with the run, that a test may change."""
     shutil.copytree(begun / "run", tmp_path / "run")
     return tmp_path / "run"
 
@@ -65,7 +65,7 @@ def same_end(run: Path, whole: Path) -> bool:
     return all((run / "checkpoint-6" / f).read_bytes() == (whole / "checkpoint-6" / f).read_bytes() for f in files)
 
 
-# What a user may change by mistake: the command, and what is said.
+# Changes that a user may make by mistake: the options, and the error.
 CHANGED = {
     "the width": (["--d_model", "16"], "d_model=16, but the run to resume began with d_model=32"),
     "the learning rate": (["--learning_rate", "0.5"], "learning_rate=0.5, but .* began with learning_rate=0.01"),
@@ -190,7 +190,7 @@ def test_what_may_change_is_told(run, caplog):
 
 
 def test_every_field_is_compared(begun, monkeypatch):
-    """Whatever its type: nothing that is told when a run is resumed is passed over in silence."""
+    """A change of any field, whatever its type, is used or refused, never ignored."""
     parser, recipe = recipe_parser(), parse_recipe(command(begun / "run"))
     monkeypatch.setattr(resuming, "recipe_parser", lambda: parser)
     refuse_changes(recipe)
@@ -227,7 +227,7 @@ class TestTheModelAlone:
         return tmp_path / "alone"
 
     def test_it_cannot_be_resumed_from(self, alone):
-        """It would begin Adam and the schedule anew, in silence."""
+        """Otherwise it would restart Adam and the schedule without a message."""
         before = contents(alone)
         assert damage(alone / "checkpoint-2") is None
         for asked in ("last", str(alone / "checkpoint-2")):

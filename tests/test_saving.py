@@ -1,4 +1,4 @@
-"""A saved folder gives back the same network through every door, and a damaged one says what is wrong."""
+"""A saved folder loads as the same network in every way, and a damaged folder gives a clear error."""
 
 import json
 
@@ -200,7 +200,7 @@ class TestParallelPlans:
         assert {replace_layer_number_by_wildcard(name) for name in matrices} == set(model.tp_plan)
 
     def test_two_ranks_compute_what_one_computes(self, tiny_model, tmp_path):
-        """Tensor parallelism over two processes on the CPU: logits, gradients, and what is generated."""
+        """Tensor parallelism over two processes on the CPU: logits, gradients and generated tokens."""
         models = {
             "shared": tiny_model(vocab_size=60),
             "separate": tiny_model(vocab_size=60, share_encoder_decoder_embeddings=False, d_kv=6, d_v=10),

@@ -1,4 +1,4 @@
-"""Scores against a float64 softmax and the beam's own, alignments against attention by hand, choices by brute force."""
+"""Compares scores with a float64 softmax and beam search, alignments with attention, choices with brute force."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""tests/seams.py lists what we override or use privately, all of it and no more; and each still exists as it says."""
+"""tests/seams.py lists exactly what we override or use privately, and each entry still exists as written."""
 
 import ast
 import importlib
@@ -13,9 +13,9 @@ from seams import ASSIGNED, OVERRIDDEN, REPLACED, USED
 from test_imports import SOURCES
 
 
-# Libraries whose next version may be another. Python's own argparse is one of them.
+# Libraries that may change in a new version, Python's own argparse included.
 THEIRS = ("accelerate", "argparse", "datasets", "evaluate", "huggingface_hub", "peft", "torch", "transformers")
-# Named with an underscore, but documented: of named tuples, and of ctypes' structures.
+# Documented, though named with an underscore: members of named tuples and of ctypes' structures.
 DOCUMENTED = {"_asdict", "_fields", "_fields_", "_make", "_replace"}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 # What a torch.nn.Module and a torch.autograd.Function are made of.
@@ -32,7 +32,7 @@ def is_theirs(module: str) -> bool:
 
 
 def our_classes() -> Iterator[tuple[type, list[type]]]:
-    """Each class of ours that stands at the top of a module and has bases of theirs, and these."""
+    """Each of our top-level classes that derives from a library's classes, with these bases."""
     for module in (importlib.import_module(name) for name in SOURCES if not name.endswith("__main__")):
         for ours in [value for value in vars(module).values() if isinstance(value, type)]:
             bases = [base for base in ours.__mro__[1:] if is_theirs(base.__module__)]
@@ -41,7 +41,7 @@ def our_classes() -> Iterator[tuple[type, list[type]]]:
 
 
 def overrides() -> Iterator[tuple[type, str]]:
-    """Each method of theirs that a class of ours overrides, and each private attribute, with the class that has it."""
+    """Each method or private attribute of a library's class that our class overrides, with the library's class."""
     for ours, bases in our_classes():
         for name in [name for name in vars(ours) if name in OUR_NAMES - INTERFACES and hasattr(bases[0], name)]:
             is_method = isinstance(vars(ours)[name], FunctionType | property | classmethod | staticmethod)
@@ -50,7 +50,7 @@ def overrides() -> Iterator[tuple[type, str]]:
 
 
 def source_of(theirs: type) -> str:
-    """The source of a class; nothing of one that is written in C++."""
+    """The source of a class; empty for a class written in C++."""
     try:
         return inspect.getsource(theirs)
     except OSError:
@@ -58,7 +58,7 @@ def source_of(theirs: type) -> str:
 
 
 def shared_attributes() -> Iterator[str]:
-    """Each private attribute of `self` that both a class of ours and its bases use: on purpose, or by accident."""
+    """Each private attribute of `self` that both our class and its bases use, on purpose or by accident."""
     for ours, bases in our_classes():
         theirs = "".join(map(source_of, bases))
         for name in sorted(set(re.findall(r"\bself\.(_[a-z]\w*)", inspect.getsource(ours)))):
@@ -67,7 +67,7 @@ def shared_attributes() -> Iterator[str]:
 
 
 def our_names() -> set[str]:
-    """What we name ourselves: functions, classes, variables, attributes of `self`."""
+    """The names that we define: functions, classes, variables, attributes of `self`."""
     found = set()
     for node in (node for tree in TREES.values() for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -83,7 +83,7 @@ OUR_NAMES = our_names()
 
 
 def private_uses() -> Iterator[str]:
-    """Each private name of theirs that our code reads or imports."""
+    """Each private name of a library that our code reads or imports."""
     for node in (node for tree in TREES.values() for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in OUR_NAMES | DOCUMENTED:
             yield node.attr
@@ -97,7 +97,7 @@ def private_uses() -> Iterator[str]:
 
 
 def replacements() -> Iterator[str]:
-    """Each attribute of theirs that our code assigns to, as it is written there."""
+    """Each attribute of a library that our code assigns to, as written in our code."""
     for tree in TREES.values():
         imported = {
             alias.asname or alias.name.partition(".")[0]
@@ -113,7 +113,7 @@ def replacements() -> Iterator[str]:
 
 
 def shown(theirs: object, name: str) -> str:
-    """A name of theirs with the names and the defaults of its parameters, as the list shows it."""
+    """A library's name with its parameters and their defaults, in the format of the list."""
     if (schema := getattr(getattr(theirs, "default", None), "_schema", None)) is not None:
         return f"{name}({str(schema).partition('(')[2].rpartition(') ->')[0]})"
     try:
@@ -130,14 +130,14 @@ def name_of(entry: str) -> str:
 
 
 def the_same(found: set, listed: set) -> None:
-    """Fails with what the list lacks, and with what it has too much."""
+    """Fails with the entries that are missing from the list, and with those that are superfluous."""
     lacks, left_over = sorted(map(str, found - listed)), sorted(map(str, listed - found))
     assert not lacks, f"in our sources, but not in tests/seams.py: {', '.join(lacks)}"
     assert not left_over, f"in tests/seams.py, but not in our sources: {', '.join(left_over)}"
 
 
 def test_every_override_is_listed_and_none_else():
-    """A base may be listed by another of its names: what counts is the class."""
+    """A base may be listed under any of its names; the class is compared."""
     listed = {(resolve_name(base), name_of(entry)) for base, entries in OVERRIDDEN.items() for entry in entries}
     the_same(set(overrides()), listed)
 

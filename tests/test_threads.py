@@ -1,4 +1,4 @@
-"""The number of threads by the cgroup's quota, as other processes find it."""
+"""The number of threads follows the cgroup's quota, tested in other processes."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def test_without_cgroups_there_is_no_quota(tmp_path):
 
 
 def answer(program: str, **environment: str) -> str:
-    """What another process prints, with these variables and none of OpenMP's own."""
+    """The output of another process with these environment variables, without OpenMP's."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-c", program]
     return subprocess.run(
@@ -96,7 +96,7 @@ except ImportError:
     ids=["ours", "the user's own number", "the user's own policy"],
 )
 def test_openmp_reads_how_long_a_thread_may_spin(environment, turns, program):
-    """By OpenMP's own words, which it writes when torch is loaded."""
+    """According to OpenMP, which prints it when torch is loaded."""
     settings = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     settings |= {"OMP_DISPLAY_ENV": "verbose"} | environment
     command = [sys.executable, "-c", program]

@@ -1,4 +1,4 @@
-"""Whole runs, small: the two ways to start one, what its folder holds, and what is refused."""
+"""Small complete runs: the two ways to start one, the files in its folder, and errors."""
 
 import json
 import math
@@ -66,7 +66,7 @@ LEARNED = 0.6
 
 
 def write_recipe(folder: Path, tokens: int = 150, output: str = "run") -> Path:
-    """A task that a tiny model learns in seconds: every colour with every thing, six of them held out."""
+    """A task that a tiny model learns in seconds: all pairs of a colour and a thing, six of them held out."""
     held_out, known = PAIRS[::7], [pair for pair in PAIRS if pair not in PAIRS[::7]]
     (folder / "train.en").write_text("".join(f"{source}\n" for source, _ in known), encoding="utf-8")
     (folder / "train.de").write_text("".join(f"{target}\n" for _, target in known), encoding="utf-8")
@@ -82,7 +82,7 @@ def train(*argv, check=True, **environment) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run that ended, and what it printed."""
+    """The folder of a finished run, and its output."""
     folder = tmp_path_factory.mktemp("finished")
     return folder / "run", train(write_recipe(folder)).stdout
 
@@ -134,7 +134,7 @@ def test_the_python_code_of_the_model_card_runs(finished):
 
 @pytest.mark.parametrize(("launcher", "tokens"), [([], 400), (TWO_PROCESSES, 200)], ids=["python -m", "two processes"])
 def test_a_short_run_on_the_phrasebook_learns(launcher, tokens, tmp_path):
-    """Its held-out loss falls under half of what the frequencies of the subwords alone would give."""
+    """Its held-out loss is less than half of the loss of a model that only knows the subwords' frequencies."""
     recipe = write_recipe(tmp_path, tokens).read_text().replace("train_file", "dataset: phrasebook:en-de #")
     (tmp_path / "phrases.yaml").write_text(recipe.replace("validation_file", "phrasebook_size: 3000 #"))
     options = "--max_steps 300 --eval_steps 300 --save_steps 300 --learning_rate 0.005 --d_model 64 --vocab_size 600"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 
 def enliven(folder: Path) -> None:
-    """Weights for which a token calls for another one, where the output has a matrix of its own."""
+    """Weights with which each token predicts another one, if the output has its own matrix."""
     path = folder / "model" / "step_1" / "model.00.safetensors"
     tensors = load_file(path)
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def engine(folder: Path, new_tokens: int) -> InferenceEnginePY:
 
 @torch.no_grad()
 def references(folder: Path, job: dict) -> dict:
-    """What the saved model makes of the sentences."""
+    """The saved model's output for the sentences."""
     whole, split = engine(folder, job["new_tokens"]), engine(folder, job["new_tokens"])
     split.transforms = {}
     model, vocabs, sentences = whole.predictor.model, whole.vocabs, job["sentences"]

@@ -17,7 +17,7 @@ from joeynmt.training import TrainManager
 
 
 def train(config: Path) -> None:
-    """One update of a model without a parameter at a value that hides a mistake."""
+    """One update of a model whose parameters have values that reveal mistakes."""
     args = parse_global_args(load_config(config.as_posix()), rank=0, mode="train")
     torch.manual_seed(args.seed)
     model, train_data, dev_data, _ = prepare(args, rank=0, mode="train")
@@ -25,7 +25,7 @@ def train(config: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
         if not args.model.get("tied_softmax", False):
-            # A token calls for another one, and some for the end.
+            # Each token predicts another one, and some predict the end.
             rows = model.trg_embed.lut.weight
             model.decoder.output_layer.weight.copy_(rows[torch.randperm(len(rows))])
             model.decoder.output_layer.weight[model.eos_index] = rows[4:7].sum(dim=0)
@@ -45,7 +45,7 @@ def train(config: Path) -> None:
 
 @torch.no_grad()
 def references(config: Path) -> dict:
-    """What the saved model makes of the test set."""
+    """The saved model's output for the test set."""
     args = parse_global_args(load_config(config.as_posix()), rank=0, mode="test")
     model, _, _, test_data = prepare(args, rank=0, mode="test")
     model.eval()

@@ -295,7 +295,7 @@ def parse_pair(pair: str) -> tuple[Locale, Locale]:
     advice = "write two different CLDR locales as SOURCE-TARGET, e.g. 'en-de' or 'pt_BR-ja'"
     codes = pair.split("-")
     if len(codes) != 2:
-        raise ValueError(f"phrasebook pair {pair!r} has {len(codes)} parts between hyphens, not two; {advice}")
+        raise ValueError(f"phrasebook pair {pair!r} must be two locales with one hyphen between them; {advice}")
     locales = []
     for code in codes:
         try:

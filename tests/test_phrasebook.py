@@ -235,12 +235,12 @@ def test_every_country_and_language_has_many_occurrences_in_training():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"pair": "en-xx"}, r"pair 'en-xx'.*no locale 'xx'.*SOURCE-TARGET"),
-        ({"pair": "english-de"}, r"pair 'english-de'.*no locale 'english'"),
+        ({"pair": "en-xx"}, r"pair 'en-xx'.*'xx' is not a locale.*SOURCE-TARGET"),
+        ({"pair": "english-de"}, r"pair 'english-de'.*'english' is not a locale"),
         ({"pair": "en"}, r"pair 'en'.*SOURCE-TARGET"),
         ({"pair": ""}, r"pair ''.*SOURCE-TARGET"),
         ({"pair": "en-GB-de"}, r"pair 'en-GB-de'.*SOURCE-TARGET"),
-        ({"pair": "-de"}, r"pair '-de'.*no locale ''"),
+        ({"pair": "-de"}, r"pair '-de'.*'' is not a locale"),
         ({"pair": "de-de"}, r"pair 'de-de'.*both sides.*different"),
         ({"train_size": 0}, r"train_size=0.*at least 1"),
         ({"validation_size": -3}, r"validation_size=-3.*at least 1"),

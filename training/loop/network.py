@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 
-from ..errors import RecipeError
+from ..errors import RecipeError, message_of
 from ..saved_model import read_model
 from ..settings.recipe import Recipe
 
@@ -62,8 +62,8 @@ def attention(recipe: Recipe) -> str | None:
 
 def unusable_attention(recipe: Recipe, error: Exception) -> RecipeError:
     """The error for an attention implementation that is unknown to transformers, or whose package is missing."""
-    said = " ".join(str(error).split())
-    return RecipeError(f"attn_implementation={recipe.model.attn_implementation} cannot be used here: {said}")
+    name = recipe.model.attn_implementation
+    return RecipeError(f"attn_implementation={name} cannot be used here: {message_of(error)}")
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTransformerForConditionalGeneration:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from ..errors import UserError
+from ..errors import UserError, message_of
 from ..metrics import TITLES, numbers
 
 
@@ -41,7 +41,7 @@ def read_card(path: str | Path, metrics: dict[str, Any]) -> ModelCard:
         # huggingface_hub's own parser. It raises ValueError for a broken model-index.
         card = ModelCard.load(path)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise CardError(f"the metadata of {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise CardError(f"the metadata of {path} cannot be read: {message_of(error)}") from error
     if not card.data.get("eval_results"):
         raise CardError(f"{path} has no model-index with the model's scores in its metadata")
     if claims := list(unfounded(card, metrics)):

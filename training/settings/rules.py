@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
-from ..errors import DataError, RecipeError, UserError
+from ..errors import DataError, RecipeError, UserError, message_of
 from ..findings import Finding, error, warning
 from .options import plain
 
@@ -235,7 +235,7 @@ def check_bleu_tokenizer(name: str) -> None:
         known = ", ".join(sacrebleu.BLEU.TOKENIZERS)
         raise RecipeError(f"bleu_tokenize={name!r} is unknown: choose one of {known}") from None
     except (ImportError, RuntimeError, OSError) as error:  # a package is missing, or a download failed
-        raise RecipeError(f"bleu_tokenize={name} cannot be used here: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"bleu_tokenize={name} cannot be used here: {message_of(error)}") from error
 
 
 def check_training_as_given(args: TrainingArguments) -> None:

@@ -183,7 +183,7 @@ def test_a_value_of_a_wrong_type_is_refused_by_name_in_a_recipe_and_on_the_comma
         with pytest.raises(RecipeError, match=rf"^argument --{name}\b"):
             PARSER.parse_args([f"--{name}={value}"])
         (path,) = recipe_with(folder, **{name: value})
-        with pytest.raises(RecipeError, match=rf"^{path}: argument --{name}\b"):
+        with pytest.raises(RecipeError, match=rf"^{path}, field {name}:"):
             read_recipe(path, None, PARSER)
 
 
@@ -193,7 +193,7 @@ def test_null_is_a_value_where_the_type_has_it_and_a_default_that_is_written_dow
     if NoneType in kinds_of(name):
         assert read_recipe(path, None, PARSER)[name] is None
     else:
-        with pytest.raises(RecipeError, match=f"^{path}: argument --{name}: it cannot be null"):
+        with pytest.raises(RecipeError, match=f"^{path}, field {name}: it cannot be null"):
             read_recipe(path, None, PARSER)
     if DEFAULTS[name] is not None:
         recipe_with(folder, **{name: DEFAULTS[name]})
@@ -250,18 +250,18 @@ LINES = {
     "deepspeed: zero.json": "zero.json",
 }
 NOT_READ = {
-    "num_beams: 4.0": "argument --num_beams/--num-beams: invalid int value: '4.0'",
-    "max_new_tokens: 20.0": "argument --max_new_tokens/--max-new-tokens: invalid int value: '20.0'",
-    "average_checkpoints: 2.0": "argument --average_checkpoints/--average-checkpoints: invalid int value: '2.0'",
-    "vocab_size: 300.0": "argument --vocab_size/--vocab-size: invalid int value: '300.0'",
-    "vocab_size: [300]": "argument --vocab_size: expected one value, not the list ['300']",
+    "num_beams: 4.0": "field num_beams: invalid int value: '4.0'",
+    "max_new_tokens: 20.0": "field max_new_tokens: invalid int value: '20.0'",
+    "average_checkpoints: 2.0": "field average_checkpoints: invalid int value: '2.0'",
+    "vocab_size: 300.0": "field vocab_size: invalid int value: '300.0'",
+    "vocab_size: [300]": "field vocab_size: expected one value, not the list ['300']",
     "vocab_size: {a: 1}": "invalid int value: '{\"a\": 1}'",
-    "dropout: much": "argument --dropout: invalid float value: 'much'",
-    "eval_strategy: off": "argument --eval_strategy/--eval-strategy: invalid choice: 'off'",
-    "vocab_size: null": "argument --vocab_size: it cannot be null: leave it out to get the default",
-    "dropout: 0.1\nseed: 1\ndropout: 0.2": "is not YAML: dropout is given twice in",
-    "variants: {a: {seed: 1, seed: 2}}": "is not YAML: seed is given twice in",
-    "lr_scheduler_kwargs: {a: 1, a: 1}": "is not YAML: a is given twice in",
+    "dropout: much": "field dropout: invalid float value: 'much'",
+    "eval_strategy: off": "field eval_strategy: invalid choice: 'off'",
+    "vocab_size: null": "field vocab_size: it cannot be null: leave it out to get the default",
+    "dropout: 0.1\nseed: 1\ndropout: 0.2": "a.yaml, line 3: the key dropout is given twice",
+    "variants: {a: {seed: 1, seed: 2}}": "a.yaml, line 1: the key seed is given twice",
+    "lr_scheduler_kwargs: {a: 1, a: 1}": "a.yaml, line 1: the key a is given twice",
     "variants: [a]": "variants must hold lines of the form `name: {field: value}`",
     "variants: {a: }": "variants must hold lines of the form `name: {field: value}`",
     "1: 2": "sets the unknown field '1'",

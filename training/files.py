@@ -1,7 +1,7 @@
 """
 Writes files and folders atomically: after a crash or a power loss, either the old version or the new one is there,
 complete. Each is written to a temporary path beside its place, synced to disk (fsync), and renamed. Other functions
-check, before any work is done, that writing will be possible.
+check, before any work is done, that writing will be possible. `missing` words the error about a path that is not there.
 """
 
 import os
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import UserError
@@ -137,3 +138,22 @@ def refusing(option: str, path: str | Path, kind: type[UserError] = UserError) -
         raise kind(f"{option}={path} cannot be written into: {error.strerror}") from error
     except UnicodeEncodeError as error:
         raise kind(f"{option}={path} cannot be written into: its name is not UTF-8") from error
+
+
+def missing(path: str | Path, kind: str = "folder") -> str:
+    """
+    The message about a path that does not exist, with the names beside it that the user may have meant.
+
+    Args:
+        path: the missing path.
+        kind: what it should be: "folder", "file" or "file or folder".
+    """
+    likely = likely_names(path, kind)
+    return f"{path}: no such {kind}" + (f": did you mean {likely}?" if likely else "")
+
+
+def likely_names(path: str | Path, kind: str = "folder") -> str:
+    """The paths beside a missing one whose names are close to its own, as words; "" if there are none."""
+    path, is_wanted = Path(path), {"folder": os.path.isdir, "file": os.path.isfile}.get(kind, os.path.exists)
+    there = [name for name in os.listdir(path.parent) if is_wanted(path.parent / name)] if path.parent.is_dir() else []
+    return " or ".join(str(path.parent / name) for name in get_close_matches(path.name, there))

@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from ..errors import RecipeError
+from ..errors import RecipeError, message_of
 
 
 class TextLoader(yaml.SafeLoader):
@@ -35,7 +35,7 @@ class TextLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                    raise RecipeError(f"line {key.start_mark.line + 1}: the key {key.value} is given twice")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -50,10 +50,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         # A subclass of yaml.SafeLoader.
         found = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
+    except RecipeError as error:  # a repeated key
+        raise RecipeError(f"{path}, {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{line}: this is not YAML ({error.problem})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path} is not YAML: {message_of(error)}") from error
     if not isinstance(found, dict):
-        raise RecipeError(f"{path} must hold lines of the form `field: value`, not {type(found).__name__}")
+        kind = {type(None): "nothing", list: "a list"}.get(type(found), "text alone")
+        raise RecipeError(f"{path} must hold lines of the form `field: value`, not {kind}")
     return {str(name): value for name, value in found.items()}
 
 
@@ -191,17 +197,17 @@ class OptionParser(HfArgumentParser):
             value: its value, from `read_yaml`.
 
         Raises:
-            RecipeError: the value does not have the field's type.
+            RecipeError: the value does not have the field's type. The message begins with `field NAME: `.
         """
         hint = self.hints[name]
         kinds = (hint, *get_args(hint))
         if value is None:
             if NoneType not in kinds:
-                raise RecipeError(f"argument --{name}: it cannot be null: leave it out to get the default")
+                raise RecipeError(f"field {name}: it cannot be null: leave it out to get the default")
             return None
         if isinstance(value, list):
             if not any(get_origin(kind) is list for kind in kinds):
-                raise RecipeError(f"argument --{name}: expected one value, not the list {value}")
+                raise RecipeError(f"field {name}: expected one value, not the list {value}")
             items = [self._parse(name, item) for item in value]
             return [part for item in items for part in (item if isinstance(item, list) else [item])]
         return self._parse(name, value)
@@ -209,7 +215,11 @@ class OptionParser(HfArgumentParser):
     def _parse(self, name: str, value: Any) -> Any:
         """One value, not a list."""
         text = value if isinstance(value, str) else json.dumps(_numbers(value), default=str)
-        return vars(self.parse_args([f"--{name}={text}"]))[name]
+        try:
+            return vars(self.parse_args([f"--{name}={text}"]))[name]
+        except RecipeError as error:
+            # argparse begins with all spellings of the option.
+            raise RecipeError(re.sub(r"^argument \S+:", f"field {name}:", str(error))) from error
 
 
 def _numbers(value: Any) -> Any:

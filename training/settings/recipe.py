@@ -3,6 +3,7 @@
 import argparse
 import logging
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from vanilla_transformer import VanillaTransformerConfig
 from vanilla_transformer.engine_products import is_native
 
-from ..errors import RecipeError
+from ..errors import RecipeError, message_of
+from ..files import likely_names
 from . import rules
 from .arguments import DataArguments, DecodingArguments, ModelArguments, TokenizerArguments, TrainingArguments
 from .options import OptionParser, as_yaml, plain, read_yaml, true_or_false, truth_or_text
@@ -93,7 +95,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
             argv, look_for_args_file=False
         )
     except (ValueError, OSError, ImportError) as error:  # a file or a package that an argument asks for is not there
-        raise RecipeError(" ".join(str(error).split())) from error
+        raise RecipeError(message_of(error)) from error
     recipe = Recipe(model, tokenizer, data, decoding, training, given)
     rules.check_recipe(recipe)
     # A model comes with its tokenizer.
@@ -147,8 +149,7 @@ def read_recipe(name: str, variant: str | None, parser: OptionParser) -> dict[st
     """
     path = next((p for p in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml") if p.is_file()), None)
     if path is None:
-        installed = ", ".join(sorted(p.name for p in RECIPES.glob("*.yaml")))
-        raise RecipeError(f"no recipe {name!r}: give the path of a YAML file, or one of {installed}")
+        raise RecipeError(_no_recipe(name))
     recipe = read_yaml(path)
     variants = recipe.pop("variants", None) or {}
     if not (isinstance(variants, dict) and all(isinstance(fields, dict) for fields in variants.values())):
@@ -167,7 +168,17 @@ def read_recipe(name: str, variant: str | None, parser: OptionParser) -> dict[st
     try:
         return {field_name: parser.typed(field_name, value) for field_name, value in recipe.items()}
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        raise RecipeError(f"{path}, {error}") from error
+
+
+def _no_recipe(name: str) -> str:
+    """The message about a recipe that does not exist."""
+    installed = sorted(path.name for path in RECIPES.glob("*.yaml"))
+    likely = likely_names(name, "file") or " or ".join(get_close_matches(name, installed, n=1))
+    if Path(name, "recipe.yaml").is_file():
+        likely = str(Path(name, "recipe.yaml"))
+    hint = f"did you mean {likely}?" if likely else f"give the path of a YAML file, or one of {', '.join(installed)}"
+    return f"no recipe {name!r}: {hint}"
 
 
 def lasting(given: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def damage(folder: Path) -> None:
 
 
 REFUSED = {
-    "a folder that is not there": ({}, None, ["nowhere", "checkpoint-9"], ["nowhere", "has no model.safetensors"]),
+    "a folder that is not there": ({}, None, ["nowhere", "checkpoint-9"], ["nowhere: no such folder"]),
     "more than there are": ({}, None, [".", "--last", "5"], ["--last 5", "3 checkpoints"]),
     "none": ({}, None, [".", "--last", "0"], ["--last 0", "at least 1"]),
     "two runs": ({}, None, [".", ".", "--last", "2"], ["--last needs one folder"]),

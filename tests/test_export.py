@@ -137,7 +137,7 @@ def test_another_model_or_none_is_refused(make_model, tmp_path, monkeypatch, cap
     SCRIPT.main(["runs/quickstart", "--format", "marian", "--output", "marian"])
     assert type(AutoModelForSeq2SeqLM.from_pretrained("marian")).__name__ == "MarianMTModel"
     refused(["marian", "--format", "onnx", "--output", "new"], "config.json has model_type='marian'", capsys)
-    refused(["nowhere", "--format", "onnx", "--output", "new"], "cannot load the model 'nowhere'", capsys)
+    refused(["./nowhere", "--format", "onnx", "--output", "new"], "nowhere: no such folder", capsys)
     assert not Path("new").exists()
 
 

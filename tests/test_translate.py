@@ -425,8 +425,8 @@ def test_a_line_beyond_learned_positions_is_named_and_what_was_done_is_kept(tmp_
 
 
 MISTAKES = {
-    "no model": (["./nowhere"], "cannot load the model './nowhere'"),
-    "no input": (["MODEL", "--input", "./nowhere"], "./nowhere: No such file"),
+    "no model": (["./nowhere"], "nowhere: no such folder"),
+    "no input": (["MODEL", "--input", "./nowhere"], "nowhere: no such file"),
     "no folder for the output": (["MODEL", "--output", "./no/where"], "output=no/where: there is no folder no"),
     "an output that is no file": (["MODEL", "--output", "/dev/null"], "output=/dev/null is not a file"),
     "no tokens": (["MODEL", "--batch_tokens", "0"], "batch_tokens=0 must be at least 1"),

@@ -57,18 +57,18 @@ def main(argv: list[str]) -> None:
     from safetensors import SafetensorError
 
     from vanilla_transformer.loading import refuse_other_tokenizer
-    from vanilla_transformer.training.errors import UserError
-    from vanilla_transformer.training.files import new_folder
+    from vanilla_transformer.training.errors import UserError, message_of
+    from vanilla_transformer.training.files import missing, new_folder
 
     if not arguments.source.exists():
-        raise UserError(f"{arguments.source}: no such file or folder")
+        raise UserError(missing(arguments.source, "file or folder"))
     damaged = (OSError, RuntimeError, ImportError, SafetensorError, UnpicklingError)
     with new_folder("output", arguments.output) as folder:
         try:
             model, tokenizer = read(arguments)
             refuse_other_tokenizer(tokenizer, model.config)
         except (ValueError, StrictDataclassError, *damaged) as error:
-            raise UserError(f"cannot convert {arguments.source}: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot convert {arguments.source}: {message_of(error)}") from error
         # A settings file of unexpected structure can raise almost anything in the loaders.
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise UserError(f"cannot convert {arguments.source}: one of its files is malformed: {error!r}") from error

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import UserError
+from ..files import missing
+from ..model_names import models_in
 
 
 EMA_NAME = "ema.safetensors"
@@ -23,8 +25,15 @@ class AveragingError(UserError):
 
 
 def last_checkpoints(folder: str | Path, count: int) -> list[Path]:
-    """The last `count` checkpoints in a run's folder, the oldest first; all of them if there are fewer."""
+    """
+    The last `count` checkpoints in a run's folder, the oldest first; all of them if there are fewer.
+
+    Raises:
+        AveragingError: there is no such folder.
+    """
     steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
+    if not Path(folder).is_dir():
+        raise AveragingError(missing(folder))
     # A name without a number belongs to a checkpoint that is still being written.
     return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]))[-count:]
 
@@ -84,7 +93,11 @@ def _open(checkpoint: Path) -> safe_open:
     try:
         return safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt")
     except FileNotFoundError:
-        raise AveragingError(f"{checkpoint} is not a checkpoint: it has no {SAFE_WEIGHTS_NAME}") from None
+        if not checkpoint.exists():
+            raise AveragingError(missing(checkpoint)) from None
+        there = models_in(checkpoint)
+        hint = f"; {there}" if there else ""
+        raise AveragingError(f"{checkpoint} is not a checkpoint: it has no {SAFE_WEIGHTS_NAME}{hint}") from None
     except SafetensorError as error:
         raise AveragingError(f"{checkpoint / SAFE_WEIGHTS_NAME} is damaged: {error}") from error
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from ..data.pairs import ENCODED, expand_path
 from ..errors import RecipeError
+from ..files import missing
 from ..settings.arguments import DataArguments, TrainingArguments
 from ..settings.recipe import Recipe, read_recipe, recipe_of_run, recipe_parser
 from ..settings.rules import REFUSED
@@ -91,6 +92,8 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             )
         return None
     if asked != "last":
+        if not Path(asked).is_dir():
+            raise RecipeError(f"resume_from_checkpoint={missing(asked)}")
         if wrong := damage(Path(asked)):
             raise RecipeError(f"resume_from_checkpoint={asked} is not an intact checkpoint: {wrong}")
         refuse_model_alone(Path(asked))

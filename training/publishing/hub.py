@@ -31,7 +31,9 @@ from vanilla_transformer import (
     VanillaTransformerModel,
 )
 
-from ..errors import UserError
+from ..errors import UserError, message_of
+from ..files import missing
+from ..model_names import models_in
 from ..saved_model import read_model
 from ..settings.options import as_yaml, plain
 from ..settings.recipe import public, read_recipe, recipe_parser
@@ -92,10 +94,14 @@ def check_run(run: Path) -> None:
         HubError: the folder is not that of a finished run.
         CardError: the card cannot be read, or has figures that are not in metrics.json.
     """
-    missing = [name for name in (*DOCUMENTS, "config.json") if not (run / name).is_file()]
-    if missing:
+    if not run.exists():
+        raise HubError(missing(run))
+    lacking = [name for name in (*DOCUMENTS, "config.json") if not (run / name).is_file()]
+    if "config.json" in lacking and (there := models_in(run)):
+        raise HubError(f"{run} is not the folder of a finished run; {there}")
+    if lacking:
         raise HubError(
-            f"{run} is not the folder of a finished run: it has no {', '.join(missing)}. Give the output_dir of a "
+            f"{run} is not the folder of a finished run: it has no {', '.join(lacking)}. Give the output_dir of a "
             "finished run"
         )
     try:
@@ -223,7 +229,7 @@ def explained(repo_id: str, endpoint: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         # The upload of a file to the Hub's storage failed; the cause has the reason.
-        said = " ".join(str(error.__cause__ or error).split())
+        said = message_of(error.__cause__ or error)
         raise HubError(
             f"the upload of a file to {endpoint} failed ({said}): push again. The previous revision of {repo_id} is "
             "intact"
@@ -234,7 +240,7 @@ def explained(repo_id: str, endpoint: str) -> Iterator[None]:
 
 def _advice(error: Exception, repo_id: str, endpoint: str) -> str:
     """The message for an error of the Hub: what is wrong, and what to do."""
-    said = " ".join(str(error).split())
+    said = message_of(error)
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is not a valid repository name, NAME/MODEL: {said}"
     if isinstance(error, RevisionNotFoundError):

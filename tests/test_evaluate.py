@@ -100,7 +100,7 @@ def test_a_model_of_the_hub_brings_its_recipe(run, scored, tmp_path, monkeypatch
     ("recipe", "message"),
     [
         ("- a list\n", "recipe.yaml must hold lines of the form"),
-        ("bleu_tokenize: [", "recipe.yaml is not YAML"),
+        ("bleu_tokenize: [", r"recipe.yaml, line 1: this is not YAML \("),
         (b"bleu_tokenize: \xff", "recipe.yaml is not YAML"),
         ("bleu_tokenize: moses\n", "bleu_tokenize='moses' is unknown"),
         (yaml.safe_dump({"bleu_tokenize": [1]}), r"bleu_tokenize=\"\['1'\]\" is unknown"),
@@ -112,6 +112,39 @@ def test_a_recipe_that_cannot_be_read_is_named_before_anything_is_translated(rec
     with pytest.raises(UserError, match=message):
         scored(odd)
     assert scored(odd, "--bleu_tokenize", "13a")[0]["bleu"] > 0
+
+
+def test_without_data_the_test_data_of_the_models_recipe_is_scored(run, scored, tmp_path, capsys):
+    scored(run)
+    given = Path("scores.json").read_text()
+    own = shutil.copytree(run, tmp_path / "own")
+    (own / "recipe.yaml").write_text(
+        "bleu_tokenize: none\ntrain_file: gone.jsonl\nvalidation_file: gone.jsonl\ntest_file: data.jsonl\n"
+    )
+    for name in (own, own / "checkpoint-7"):
+        main([str(name), "--max_new_tokens", "30", "--output_file", "again.json"])
+        first, second, *_ = capsys.readouterr().out.splitlines()
+        assert first == f"no data was given, so test_file=data.jsonl is read, as in {own / 'recipe.yaml'}"
+        assert second == f"{name} on 4 pairs of the test split"
+        assert Path("again.json").read_text() == given
+    main([str(own), "--max_new_tokens", "3", "--max_eval_samples", "1"])
+    assert f"{own} on 1 pair of the test split" in capsys.readouterr().out
+    # Data that the command line names are taken, and other splits only if they are asked for.
+    shutil.copy("data.jsonl", "other.jsonl")
+    main([str(own), "--max_new_tokens", "3", "--test_file", "other.jsonl"])
+    assert "no data was given" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^gone.jsonl: no such file"):
+        main([str(own), "--split", "validation"])
+
+
+@pytest.mark.parametrize("recipe", [None, "d_model: 16\n", "train_file: data.jsonl\n"])
+def test_without_data_anywhere_it_is_asked_for(recipe, run, tmp_path, capsys):
+    alone = shutil.copytree(run / "checkpoint-7", tmp_path / "alone")
+    if recipe is not None:
+        (alone / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UserError, match=r"^no data: give a dataset, or train_file, validation_file or test_file$"):
+        main([str(alone)])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_closed_output_would_lose_the_scores(run, monkeypatch):

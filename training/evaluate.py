@@ -1,26 +1,30 @@
 """Scores a saved model: `vanilla-transformer evaluate MODEL --test_file SOURCE TARGET`.
 
-It takes the same data as training: files, a Hub dataset, or `--dataset phrasebook:en-de`.
+It takes the same data as training: files, a Hub dataset, or `--dataset phrasebook:en-de`. Without data, it takes the
+test data of the model's recipe.yaml.
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 
-from .data.pairs import load_pairs
+from .data.pairs import SPLITS, load_pairs
 from .errors import DataError, UserError
 from .files import make_sure_of_file, write_beside
 from .metrics import format_scores, score_texts
+from .model_names import find_model
 from .program import run_program
 from .saved_model import load_model
 from .settings.arguments import DataArguments, DecodingArguments
 from .settings.options import OptionParser, read_yaml
+from .settings.recipe import read_recipe, recipe_parser
 from .settings.rules import check_bleu_tokenizer, check_decoding
 from .translator import translate
+from .words import counted
 
 
 @dataclass
@@ -47,6 +51,55 @@ class EvaluationArguments:
         return {name: value for name, value in options.items() if value is not None}
 
 
+def recipe_of(model: str) -> Path | None:
+    """
+    The recipe.yaml of a model's run, or None if there is none.
+
+    Args:
+        model: folder or Hub name. For a checkpoint, its run's folder is searched.
+    """
+    folder = Path(model).absolute()
+    if folder.is_dir() and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        model = str(folder.parent)
+    path = cached_file(
+        model,
+        "recipe.yaml",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
+
+
+def data_of_run(parser: OptionParser, argv: list[str], model: str, split: str) -> DataArguments | None:
+    """
+    The data on which the recipe.yaml of a model's run has this split; None if it has no such data. Other fields of
+    `argv` override the recipe.
+
+    Args:
+        parser: from `build_parser`.
+        argv: the command line.
+        model: folder or Hub name.
+        split: "train", "validation" or "test".
+
+    Raises:
+        RecipeError: the recipe cannot be read.
+    """
+    recipe = recipe_of(model)
+    if recipe is None:
+        return None
+    given = read_recipe(str(recipe), None, recipe_parser())
+    name = next((name for name in ("dataset", f"{split}_file") if given.get(name)), None)
+    if name is None:
+        return None
+    value = " ".join(given[name]) if isinstance(given[name], list) else given[name]
+    print(f"no data was given, so {name}={value} is read, as in {recipe}")
+    # Not the files of other splits.
+    wanted = {option.name for option in fields(DataArguments)} - {f"{other}_file" for other in SPLITS if other != split}
+    parser.set_defaults(**{name: value for name, value in given.items() if name in wanted})
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[1]
+
+
 def bleu_tokenizer_of(model: str) -> tuple[str, str]:
     """
     The sacrebleu tokenizer with which a model's run was scored. BLEU with another is not comparable.
@@ -60,19 +113,10 @@ def bleu_tokenizer_of(model: str) -> tuple[str, str]:
     Raises:
         UserError: the recipe.yaml cannot be read, or names a tokenizer that cannot be used here.
     """
-    folder = Path(model).absolute()
-    if folder.is_dir() and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-        model = str(folder.parent)
     name, origin = DecodingArguments.bleu_tokenize, "the default"
-    path = cached_file(
-        model,
-        "recipe.yaml",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    path = recipe_of(model)
     if path is not None:
-        recipe = read_yaml(Path(path))
+        recipe = read_yaml(path)
         name, origin = str(recipe.get("bleu_tokenize", name)), "as its recipe.yaml says"
     check_bleu_tokenizer(name)
     return name, origin
@@ -87,26 +131,30 @@ def build_parser() -> OptionParser:
 
 
 def main(argv: list[str]) -> None:
-    """Scores one split of the data that the command line names."""
-    arguments, data, options = build_parser().parse_args_into_dataclasses(argv, look_for_args_file=False)
+    """Scores one split of the data that the command line or the model's recipe.yaml names."""
+    parser = build_parser()
+    arguments, data, options = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if arguments.output_file:
         make_sure_of_file("output_file", arguments.output_file)
     elif sys.__stdout__ is None:
         raise UserError("the standard output is closed, so the scores would be lost: name a file by --output_file")
+    model_name = find_model(options.model)
 
+    if not (data.dataset or data.train_file or data.validation_file or data.test_file):
+        data = data_of_run(parser, argv, model_name, arguments.split) or data
     pairs = load_pairs(data)
     if arguments.split not in pairs:
         raise DataError(f"the data has no {arguments.split} split, only {', '.join(pairs)}: name one by --split")
     pairs = pairs[arguments.split]
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(model_name)
     bleu_tokenize, origin = arguments.bleu_tokenize, "as told"
     if bleu_tokenize is None:
-        bleu_tokenize, origin = bleu_tokenizer_of(options.model)
+        bleu_tokenize, origin = bleu_tokenizer_of(model_name)
     decoding = arguments.generation_options()
     predictions = translate(model, tokenizer, list(pairs["source"]), arguments.batch_tokens, **decoding)
     scores = score_texts(predictions, list(pairs["target"]), bleu_tokenize)
     used = model.generation_config.to_dict() | decoding | {"bleu_tokenize": f"{bleu_tokenize} ({origin})"}
-    print(f"{options.model} on {len(pairs)} pairs of the {arguments.split} split")
+    print(f"{options.model} on {counted(len(pairs), 'pair')} of the {arguments.split} split")
     told = ("num_beams", "length_penalty", "max_new_tokens", "bleu_tokenize")
     print(", ".join(f"{name}={used[name]}" for name in told if used.get(name) is not None))
     print(format_scores(scores))

@@ -101,5 +101,5 @@ def test_the_largest_batches_are_halved_until_their_number_fits():
 def test_what_cannot_be_a_batch_is_refused_by_name():
     with pytest.raises(BatchError, match=r"row 2 has 70 tokens.*budget of 64 tokens"):
         TokenBudgetBatches([5, 6], [7, 70], 64)
-    with pytest.raises(BatchError, match="2 rows are too few for 3 processes"):
+    with pytest.raises(BatchError, match="2 rows for 3 processes"):
         TokenBudgetBatches([5, 6], [7, 7], 64, num_processes=3)

@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
 def chosen(arguments: argparse.Namespace) -> list[Path]:
     """The checkpoints on the command line, or the last ones of the run on it."""
     from vanilla_transformer.training.loop.averaging import AveragingError, last_checkpoints
+    from vanilla_transformer.training.words import counted
 
     if arguments.last is None:
         return arguments.checkpoints
@@ -50,5 +51,5 @@ def chosen(arguments: argparse.Namespace) -> list[Path]:
     run = arguments.checkpoints[0]
     checkpoints = last_checkpoints(run, arguments.last)
     if len(checkpoints) < arguments.last:
-        raise AveragingError(f"--last {arguments.last}, but {run} holds {len(checkpoints)} checkpoints")
+        raise AveragingError(f"--last {arguments.last}, but {run} holds {counted(len(checkpoints), 'checkpoint')}")
     return checkpoints

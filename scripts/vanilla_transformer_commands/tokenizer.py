@@ -14,6 +14,7 @@ from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.files import make_sure_of_folder
 from vanilla_transformer.training.settings.arguments import DataArguments, TokenizerArguments
 from vanilla_transformer.training.settings.options import OptionParser
+from vanilla_transformer.training.words import counted
 
 
 @dataclass
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     tokenizer.save_pretrained(Path(output.output_dir))
 
     # 5. what came of it
-    print(f"{len(tokenizer)} subwords from {len(train)} pairs, saved in {output.output_dir}")
+    print(f"{len(tokenizer)} subwords from {counted(len(train), 'pair')}, saved in {output.output_dir}")
     for text in train[0].values():
         print("  " + " | ".join(split_text(tokenizer, text)))
 

@@ -15,6 +15,7 @@ from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
 from ..findings import Finding, error, ok, warning
 from ..loop.checkpoints import DATA_NAME
 from ..settings.rules import check_fields
+from ..words import counted
 from .prepared import COLUMNS, SAMPLE, Lengths, Run, longest_rows
 
 
@@ -38,11 +39,11 @@ def check_rows(run: Run) -> Iterator[Finding]:
     listed = ", ".join(f"{count:,} {split}" for split, count in (counts | kept).items())
     streamed = f"; train is streamed, and its first {SAMPLE:,} rows are checked" if data.streaming else ""
     yield ok("data", f"rows: {listed}{streamed}")
-    for split, count in kept.items():
-        if count < args.world_size:
+    for split, rows in kept.items():
+        if rows < args.world_size:
             yield error(
                 "data",
-                f"{split}_file: {count} rows are too few for {args.world_size} processes: add data, or use fewer",
+                f"{split}_file: {counted(rows, 'row')} for {args.world_size} processes: add data, or use fewer",
             )
     left_out = 1 - kept["train"] / counts["train"] if "train" in kept and "train" in counts else 0
     if left_out > MANY_LEFT_OUT:
@@ -189,6 +190,6 @@ def check_cuts(max_new_tokens: int | None, max_length: int | None, lengths: Leng
             yield warning(
                 "decoding",
                 f"{name}={max_new_tokens if name == 'max_new_tokens' else max_length} cuts {cut:,} of "
-                f"{len(lengths['target']):,} validation translations, the longest of {lengths['target'].max()} tokens: "
-                "raise it",
+                f"{counted(len(lengths['target']), 'validation translation')}, the longest of "
+                f"{lengths['target'].max()} tokens: raise it",
             )

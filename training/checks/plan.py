@@ -20,6 +20,7 @@ from ..findings import Finding, error, ok, warning
 from ..loop.trainer import TranslationTrainer
 from ..machine import machine, memory_of
 from ..settings.arguments import TrainingArguments
+from ..words import counted
 from .prepared import COLUMNS, Lengths, Run
 
 
@@ -48,7 +49,11 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         tokens = self.source_tokens + self.target_tokens
-        epoch = f"{self.updates_per_epoch:,} updates an epoch" if self.updates_per_epoch else "estimated from a sample"
+        epoch = (
+            f"{counted(self.updates_per_epoch, 'update')} an epoch"
+            if self.updates_per_epoch
+            else "estimated from a sample"
+        )
         return (
             f"{self.source_tokens:,.0f} source + {self.target_tokens:,.0f} target tokens an update "
             f"({tokens / (1 - self.padding):,.0f} with padding, {self.padding:.1%} of it padding); {epoch}"
@@ -114,13 +119,18 @@ def check_schedule(run: Run, plan: Plan) -> Iterator[Finding]:
     args = run.recipe.training
     evaluations, saves = occasions(args, "eval", plan), occasions(args, "save", plan)
     epochs = f" ({plan.epochs():.1f} epochs)" if plan.updates_per_epoch else ""
-    yield ok("schedule", f"{plan.updates:,} updates{epochs}, {evaluations} evaluations, {saves} checkpoints written")
+    happens = [
+        f"{counted(plan.updates, 'update')}{epochs}",
+        counted(evaluations, "evaluation"),
+        counted(saves, "checkpoint"),
+    ]
+    yield ok("schedule", f"{', '.join(happens)} written")
     warmup = args.get_warmup_steps(plan.updates)
     if warmup >= plan.updates:
         yield warning(
             "schedule",
-            f"warmup_steps={warmup} covers all {plan.updates} updates, so the learning rate never reaches its peak: "
-            "lower it, or raise max_steps or num_train_epochs",
+            f"warmup_steps={warmup} covers the whole run of {counted(plan.updates, 'update')}, so the learning "
+            "rate never reaches its peak: lower it, or raise max_steps or num_train_epochs",
         )
     if args.average_checkpoints and args.average_checkpoints > saves > 0:
         yield warning(
@@ -152,14 +162,15 @@ def check_disk(run: Run, plan: Plan) -> Iterator[Finding]:
     if not args.save_only_model:
         checkpoint += optimizer_bytes(run.model)
     limit = args.save_total_limit + 1 if args.save_total_limit else math.inf
-    count = int(min(occasions(args, "save", plan), limit))
+    kept = int(min(occasions(args, "save", plan), limit))
     folder = Path(args.output_dir).absolute()
     there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*"))
-    needed = max(count * checkpoint - there, 0) + weights
+    needed = max(kept * checkpoint - there, 0) + weights
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    limits = f"save_total_limit={args.save_total_limit}, one being written"
     said = (
-        f"{convert_bytes(needed)} of {convert_bytes(free)} free at output_dir={args.output_dir}: {count} checkpoints "
-        f"of {convert_bytes(checkpoint)} (save_total_limit={args.save_total_limit}, one being written) and the model"
+        f"{convert_bytes(needed)} of {convert_bytes(free)} free at output_dir={args.output_dir}: "
+        f"{counted(kept, 'checkpoint')} of {convert_bytes(checkpoint)} ({limits}) and the model"
     )
     yield (
         ok("disk", said)
@@ -183,7 +194,9 @@ def check_precision(run: Run, device: torch.device) -> Iterator[Finding]:
     rows = min(MOST_TIMED, args.per_device_train_batch_tokens)
     seconds = [time_product(rows, config.d_model, config.encoder_ffn_dim, device, bf16=bf16) for bf16 in (False, True)]
     factor = seconds[1] / seconds[0]
-    said = f"a feed-forward product of {rows} rows takes {factor:.2g} times as long in bfloat16 as in float32"
+    said = (
+        f"a feed-forward product of {counted(rows, 'row')} takes {factor:.2g} times as long in bfloat16 as in float32"
+    )
     yield (
         ok("precision", said)
         if factor < MUCH_SLOWER

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..errors import UserError
+from ..words import counted
 
 
 class BatchError(UserError):
@@ -64,7 +65,7 @@ class TokenBudgetBatches(BatchRebalanceSampler):
                 "longer rows with max_source_length and max_target_length"
             )
         if len(sources) < num_processes:
-            raise BatchError(f"{len(sources)} rows are too few for {num_processes} processes: add data")
+            raise BatchError(f"{counted(len(sources), 'row')} for {num_processes} processes: add data, or use fewer")
         difference = targets - sources
         snake = torch.where(longest % 2 == 0, difference, -difference)
         self.key = longest * (2 * longest.max() + 1) + snake

@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..settings.arguments import DataArguments
+from ..words import counted
 
 
 # Reasons, in the words of the report -> tests of (source, target), or of their numbers of tokens.
@@ -116,7 +117,7 @@ class FilterReport:
         self.left_out[reason] = count + 1, first
 
     def __str__(self) -> str:
-        lines = [f"kept {self.kept} of {self.rows} rows"]
+        lines = [f"kept {self.kept:,} of {counted(self.rows, 'row')}"]
         if self.left_out:
             lines += ["  left out  first row  because of"]
         lines += [f"{count:>10} {first:>10}  {reason}" for reason, (count, first) in self.left_out.items()]

@@ -27,8 +27,11 @@ from transformers import PreTrainedTokenizerBase
 from vanilla_transformer.loading import text_fault
 
 from ..errors import DataError
+from ..files import missing
+from ..model_names import is_path
 from ..settings.arguments import DataArguments
 from ..settings.rules import check_data
+from ..words import counted
 from .bpe_dropout import WORDS, word_lengths
 from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
 
@@ -69,6 +72,8 @@ def read_lines(path: str | Path) -> Iterator[str]:
         raise DataError(f"{path}, line {number}: byte 0x{found:02x} is not UTF-8 ({error.reason})") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the gzip file is damaged or cut off ({error})") from error
+    except FileNotFoundError:
+        raise DataError(missing(path, "file")) from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
 
@@ -147,8 +152,8 @@ def _load_dataset(data: DataArguments) -> dict[str, Columns]:
         loaded = read(data.dataset, load_phrasebook, pair, train_size=data.phrasebook_size)
     else:
         path = expand_path(data.dataset)
-        if data.dataset.startswith((".", "/", "~", "$")) and not path.exists():
-            raise DataError(f"{path}: no such folder")
+        if (data.dataset.startswith("$") or is_path(data.dataset)) and not path.exists():
+            raise DataError(f"dataset={missing(path)}")
         # Streaming loads the other splits without downloading the whole dataset.
         loaded = read(data.dataset, datasets.load_dataset, str(path), data.dataset_config, streaming=data.streaming)
     found = [split for split in SPLITS if split in loaded]
@@ -163,7 +168,7 @@ def _load_files(data: DataArguments) -> dict[str, Columns]:
     # All of them before the first is read.
     for path in chain(*paths.values()):
         if not path.exists():
-            raise DataError(f"{path}: no such file")
+            raise DataError(missing(path, "file"))
     return {split: _load_split(split, found) for split, found in paths.items() if split in _in_memory(data)}
 
 
@@ -179,7 +184,7 @@ def _load_parallel_text(source: Path, target: Path) -> Columns:
     sources, targets = list(read_lines(source)), list(read_lines(target))
     if len(sources) != len(targets):
         raise DataError(
-            f"{source} has {len(sources)} lines and {target} has {len(targets)}: "
+            f"{source} has {counted(len(sources), 'line')} and {target} has {len(targets)}: "
             "line N of one must be the translation of line N of the other"
         )
     return {"source": sources, "target": targets}
@@ -225,7 +230,10 @@ def _csv_rows(path: Path, **form: Any) -> Iterator[tuple[int, dict[str, str]]]:
         header = next(reader, [])
         for row in filter(None, reader):
             if len(row) != len(header):
-                raise DataError(f"{path}, line {reader.line_num}: {len(row)} values, under {len(header)} column names")
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {counted(len(row), 'value')}, under "
+                    f"{counted(len(header), 'column name')}"
+                )
             yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
@@ -340,7 +348,9 @@ def _filter(rows: Dataset, tests: Tests, values: Iterable[tuple], split: str, re
     found = FilterReport()
     filter_rows(rows, tests, values, found)
     for reason, (count, first) in found.left_out.items():
-        logger.warning("%s: %d of %d rows with %s, kept (first: row %d)", split, count, len(rows), reason, first)
+        logger.warning(
+            "%s: %d of %s with %s, kept (first: row %d)", split, count, counted(len(rows), "row"), reason, first
+        )
     return rows
 
 

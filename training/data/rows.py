@@ -14,6 +14,7 @@ from ..errors import DataError, RecipeError
 from ..saved_model import load_tokenizer
 from ..settings.arguments import TokenizerArguments
 from ..settings.recipe import Recipe
+from ..words import counted
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .filters import FilterReport
 from .pairs import hold_out, load_pairs, tokenize_pairs, training_texts
@@ -87,7 +88,7 @@ def learn_tokenizer(args: TokenizerArguments, train: Dataset | IterableDataset) 
         train = train.take(VOCABULARY_ROWS)
         logger.info("learning %d subwords from at most %d pairs", args.vocab_size, VOCABULARY_ROWS)
     else:
-        logger.info("learning %d subwords from %d pairs", args.vocab_size, len(train))
+        logger.info("learning %d subwords from %s", args.vocab_size, counted(len(train), "pair"))
     try:
         return train_tokenizer(training_texts(train), args.vocab_size, args.tokenizer_model, args.pretokenized)
     except ValueError as error:

@@ -28,6 +28,7 @@ from vanilla_transformer.loading import text_fault
 
 from ..errors import DataError, UserError
 from ..settings.arguments import DataArguments
+from ..words import counted
 from .batching import TokenBudgetBatches
 from .filters import Tests, find_fault, length_limits, ratio_limit, text_tests
 from .pairs import SIDES, choose_columns, expand_path, is_json_list, read, read_lines, require_eos, table_rows
@@ -92,7 +93,7 @@ def parallel_pairs(source: Path, target: Path) -> Iterator[dict[str, str]]:
         for path, text in zip((source, target), pair, strict=True):
             if text is None:
                 raise DataError(
-                    f"{path} ends after {number - 1} lines, and the other goes on: "
+                    f"{path} ends after {counted(number - 1, 'line')}, and the other goes on: "
                     f"line N of {source} must be the translation of line N of {target}"
                 )
         yield dict(zip(SIDES, pair, strict=True))

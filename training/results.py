@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 
 from .data.pairs import language_pair
 from .files import write_beside
@@ -14,8 +14,10 @@ from .machine import machine
 from .metrics import score_texts
 from .publishing.card import model_card
 from .publishing.pictures import draw_loss_curve
+from .settings.arguments import TrainingArguments
 from .settings.recipe import Recipe, lasting, public
 from .translator import translate
+from .words import counted
 
 
 # Example translations shown at the end of a run.
@@ -48,6 +50,24 @@ def score_run(
         "example_translation": translations[0],
     }
     return metrics, list(zip(sources, translations, references, strict=True))[:SHOWN]
+
+
+def final_checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+    """Says which checkpoint `load_best_model_at_end` has made the final model, with its metric."""
+    metric = args.deciding_metric
+    scores = {entry["step"]: value for entry in state.log_history if (value := entry.get(f"eval_{metric}")) is not None}
+    if state.best_model_checkpoint is None:
+        return f"the final model is that of the last update: no checkpoint was chosen by {metric}"
+    best, evaluations = state.best_global_step, counted(len(scores), "evaluation")
+    chosen = f"the final model is {Path(state.best_model_checkpoint).name}, with {metric} {state.best_metric:.4g}"
+    if len(scores) > 1 and len(set(scores.values())) == 1:
+        return (
+            f"{chosen}: it is the first of {evaluations}, and all had this {metric}. The model may need more updates; "
+            "metric_for_best_model: loss chooses by the loss"
+        )
+    if len(scores) > 1 and best == min(scores):
+        return f"{chosen}: it is the first of {evaluations}, and {metric} never improved after it"
+    return f"{chosen}, the best of {evaluations}"
 
 
 def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:

@@ -30,12 +30,14 @@ from .loop.network import build_model
 from .loop.resuming import checkpoint_to_resume, refuse_changes
 from .loop.trainer import TranslationTrainer, score_translations
 from .metrics import format_scores
+from .model_names import find_model
 from .program import run_program
 from .publishing.hub import HubError
-from .results import score_run, write_documents
+from .results import final_checkpoint, score_run, write_documents
 from .saved_model import load_model
 from .settings.arguments import TrainingArguments
 from .settings.recipe import Recipe, parse_recipe, recipe_parser
+from .words import counted
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ def main(argv: list[str]) -> None:
     trainer.data = run.data
     trainer.add_callback(RecipeWriter(recipe))
     trainer.train(resume_from_checkpoint=run.checkpoint)
+    if args.load_best_model_at_end:
+        logger.info("%s", final_checkpoint(args, trainer.state))
     if args.lora_rank:
         from .loop.adapters import merge_adapters
 
@@ -86,6 +90,8 @@ def prepare(recipe: Recipe) -> Run:
         UserError: what the recipe asks for is missing or impossible.
     """
     args = recipe.training
+    if recipe.model.model:
+        find_model(recipe.model.model, field="model=")
     refuse_changes(recipe)
     checkpoint = checkpoint_to_resume(args)
     if not args.check:
@@ -98,7 +104,7 @@ def prepare(recipe: Recipe) -> Run:
     logger.info(
         "%d parameters, %d subwords, %s",
         *(model.num_parameters(), len(tokenizer)),
-        "training pairs from a stream" if recipe.data.streaming else f"{len(rows['train'])} training pairs",
+        "training pairs from a stream" if recipe.data.streaming else counted(len(rows["train"]), "training pair"),
     )
     return Run(recipe, pairs, rows, tokenizer, model, checkpoint)
 
@@ -148,7 +154,7 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     metrics, examples = score_run(recipe, trainer, model, pairs)
     write_documents(recipe, trainer, model, metrics)
     split, scores = metrics["scored_split"], metrics["scores"]
-    print(f"\n{split} set, {len(pairs[split])} pairs\n{format_scores(scores)}\n")
+    print(f"\n{split} set, {counted(len(pairs[split]), 'pair')}\n{format_scores(scores)}\n")
     for source, translation, reference in examples:
         verdict = "" if translation == reference else f"   (reference: {reference})"
         print(f"  {source}  ->  {translation}{verdict}")

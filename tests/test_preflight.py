@@ -1,5 +1,6 @@
 """Checks before a run: they predict what the run does, find errors that would end it later, and leave no files."""
 
+import errno
 import json
 import re
 from functools import partial
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer.training.checks import plan as planning
+from vanilla_transformer.training.checks import rehearsal
 from vanilla_transformer.training.checks.inputs import check_inputs
 from vanilla_transformer.training.checks.plan import check_memory, check_plan
 from vanilla_transformer.training.checks.prepared import Run
@@ -125,8 +127,8 @@ def test_a_check_leaves_nothing_behind_and_says_what_the_run_then_does(tmp_path,
     printed = " ".join(printed.split())
     (plan,) = [line for line in caplog.messages if "updates an epoch" in line]
     assert plan in printed
-    assert number(r"([\d,]+) updates an epoch", plan) == updates
-    assert number(r"([\d,]+) updates \(1.0 epochs\), 1 evaluations, 1 checkpoints", printed) == updates
+    assert number(r"([\d,]+) updates? an epoch", plan) == updates
+    assert number(r"([\d,]+) updates \(1.0 epochs\), 1 evaluation, 1 checkpoint written", printed) == updates
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     phrases = load_phrasebook("en-de", train_size=1500)["train"]
     for side in ("source", "target"):
@@ -150,6 +152,36 @@ def test_the_plan_counts_what_the_batches_hold(prepare):
         assert plan.target_tokens == pytest.approx(targets / plan.updates_per_epoch)
         if strategy == "token_budget":
             assert plan.padding == pytest.approx(1 - (sources + targets) / places)
+
+
+def test_one_of_a_thing_is_in_the_singular(prepare):
+    run = prepare("--max_steps", "1", "--eval_steps", "1", "--save_steps", "1")
+    told = "\n".join(texts(plan_findings(run), "ok"))
+    assert "1 update an epoch" in told
+    assert "1 update (1.0 epochs), 1 evaluation, 1 checkpoint written" in told
+    assert "1 checkpoint of" in told
+
+
+def test_the_foretold_time_has_evaluations_and_checkpoints_in_it(prepare, monkeypatch):
+    run = prepare()
+    trainer = build_trainer(run.recipe, run.model, run.tokenizer, run.rows)
+    monkeypatch.setattr(rehearsal, "time_evaluation", lambda trainer: 200.0)
+    monkeypatch.setattr(rehearsal, "time_checkpoint", lambda trainer: 3000.0)
+    (told,) = [finding.text for finding in measure(run, trainer) if finding.topic == "time"]
+    assert "200 s an evaluation, 3e+03 s a checkpoint" in told
+    assert told.endswith("(h:m:s) in total, without the final scoring")
+    # Two of each: 6,400 seconds, and those of the updates.
+    hours, minutes, _ = map(int, re.search(r"about (\d+):(\d+):(\d+)", told).groups())
+    assert (hours, minutes) in ((1, 46), (1, 47))
+
+
+def test_a_checkpoint_is_timed_by_writing_one(prepare, monkeypatch, tmp_path):
+    run = prepare("--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false")
+    trainer = build_trainer(run.recipe, run.model, run.tokenizer, run.rows)
+    measure(run, trainer)
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    monkeypatch.setattr(trainer, "_write_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    assert rehearsal.time_checkpoint(trainer) is None
 
 
 def test_looking_at_random_batches_does_not_change_what_is_drawn_later(prepare):
@@ -316,7 +348,7 @@ def test_a_checkpoint_takes_what_the_report_says(prepare, recipe):
     names = ("model.safetensors", "optimizer.pt", "ema.safetensors")
     written = sum((checkpoint / name).stat().st_size for name in names)
     said = next(finding.text for finding in plan_findings(prepare(*argv)) if finding.topic == "disk")
-    size = number(r"checkpoints of ([\d.]+) MB", said) * 2**20
+    size = number(r"checkpoints? of ([\d.]+) MB", said) * 2**20
     # Names and headers come on top.
     assert 0.9 * written < size < written
 

@@ -20,9 +20,11 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ..data.batching import batch_sizes, token_budget
 from ..findings import Finding, error, errors, ok, render, warning
+from ..loop.checkpoints import CheckpointError
 from ..loop.trainer import TranslationTrainer
 from ..machine import memory_counts, memory_of, peak_resident
 from ..settings.arguments import TrainingArguments
+from ..words import counted
 from .inputs import check_inputs
 from .plan import NEARLY_FULL, Plan, check_plan, make_plan, now, occasions
 from .prepared import Run, longest_rows
@@ -100,7 +102,10 @@ def throwaway(args: TrainingArguments, folder: str) -> TrainingArguments:
 
 
 def measure(run: Run, trainer: TranslationTrainer) -> list[Finding]:
-    """Makes one update on the longest batch and TIMED updates on the run's first batches, and evaluates one batch."""
+    """
+    Makes one update on the longest batch and TIMED updates on the run's first batches, evaluates one batch, and writes a
+    checkpoint.
+    """
     plan, args = make_plan(run, trainer), trainer.args
     accumulation = args.gradient_accumulation_steps
     first = longest_batch(run, trainer)
@@ -115,11 +120,13 @@ def measure(run: Run, trainer: TranslationTrainer) -> list[Finding]:
     try:
         trainer.train()
         evaluation = time_evaluation(trainer) if occasions(run.recipe.training, "eval", plan) else 0.0
+        checkpoint = time_checkpoint(trainer) if occasions(run.recipe.training, "save", plan) else 0.0
     except Exception as problem:
         if not should_reduce_batch_size(problem):
             raise
         return [out_of_memory(first, trainer)]
-    return [*memory_findings(run, trainer, stopwatch), *time_findings(run, plan, stopwatch.seconds(), evaluation)]
+    times = time_findings(run, plan, stopwatch.seconds(), evaluation, checkpoint)
+    return [*memory_findings(run, trainer, stopwatch), *times]
 
 
 def longest_batch(run: Run, trainer: TranslationTrainer) -> dict[str, torch.Tensor]:
@@ -140,9 +147,9 @@ def out_of_memory(batch: dict[str, torch.Tensor], trainer: TranslationTrainer) -
     rows, width = batch["labels"].shape
     return error(
         "memory",
-        f"out of memory with {field}={getattr(args, field)} (the longest batch: {rows} targets of {width} tokens) or "
-        f"per_device_eval_batch_tokens={args.per_device_eval_batch_tokens}: lower them, and raise "
-        "gradient_accumulation_steps by the same factor",
+        f"out of memory with {field}={getattr(args, field)} (the longest batch: {counted(rows, 'target')} of "
+        f"{counted(width, 'token')}) or per_device_eval_batch_tokens={args.per_device_eval_batch_tokens}: lower them, "
+        "and raise gradient_accumulation_steps by the same factor",
     )
 
 
@@ -158,6 +165,16 @@ def time_evaluation(trainer: TranslationTrainer) -> float:
     start = time.perf_counter()
     trainer.evaluate(middle, max_new_tokens=max(map(len, middle["labels"])))
     return (time.perf_counter() - start) * len(batches)
+
+
+def time_checkpoint(trainer: TranslationTrainer) -> float | None:
+    """The seconds of writing a checkpoint into the temporary folder; None if there is no room for it."""
+    start = time.perf_counter()
+    try:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    except CheckpointError:
+        return None
+    return time.perf_counter() - start
 
 
 def memory_findings(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch) -> Iterator[Finding]:
@@ -190,14 +207,19 @@ def memory_findings(run: Run, trainer: TranslationTrainer, stopwatch: Stopwatch)
     )
 
 
-def time_findings(run: Run, plan: Plan, seconds: list[float], evaluation: float) -> Iterator[Finding]:
+def time_findings(
+    run: Run, plan: Plan, seconds: list[float], evaluation: float, checkpoint: float | None
+) -> Iterator[Finding]:
     """Estimates the time of the run, without the final scoring."""
     update = statistics.median(seconds[1:])
-    evaluations = occasions(run.recipe.training, "eval", plan)
-    total = plan.updates * update + evaluations * evaluation
+    evaluations, saves = (occasions(run.recipe.training, kind, plan) for kind in ("eval", "save"))
+    total = plan.updates * update + evaluations * evaluation + saves * (checkpoint or 0)
+    without = "" if checkpoint is not None else "writing checkpoints and "
+    saving = "" if checkpoint is None else f", {checkpoint:.3g} s a checkpoint"
     rate = plan.target_tokens / update
     yield ok(
         "time",
         f"{update:.3g} s an update (median of {TIMED}; the longest batch {seconds[0]:.3g} s), {rate:,.0f} target "
-        f"tokens a second; {evaluation:.3g} s an evaluation; about {tqdm.format_interval(total)} (h:m:s) in total",
+        f"tokens a second; {evaluation:.3g} s an evaluation{saving}; "
+        f"about {tqdm.format_interval(total)} (h:m:s) in total, without {without}the final scoring",
     )

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from processes import WITHOUT_PACKAGE, run_code
+from huggingface_hub.utils import are_progress_bars_disabled
+from processes import WITHOUT_PACKAGE, run_code, run_command
 
+from vanilla_transformer import train_tokenizer
 from vanilla_transformer.training import evaluate
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.files import new_folder
@@ -31,6 +33,7 @@ sys.modules["torch"] = types.SimpleNamespace(
     set_num_threads=lambda count: None,
     distributed=types.SimpleNamespace(is_available=lambda: False),
 )
+sys.modules["transformers.utils.logging"] = types.SimpleNamespace(disable_progress_bar=lambda: None)
 from tqdm import tqdm
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.program import EXTRAS, run_program
@@ -175,6 +178,16 @@ def test_verbose_shows_the_traceback_and_is_no_word_of_the_program():
         run_program(fails, ["--verbose"])
     with pytest.raises(UserError, match=r"\['a', 'b'\]"):
         run_program(refuses, ["a", "--verbose", "b"])
+
+
+def test_bars_of_loading_and_saving_are_hidden_and_those_of_downloads_are_not(tiny_model, tmp_path):
+    tokenizer = train_tokenizer(["some text"], 290)
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for words in (["info", "model"], ["export", "model", "--format", "marian", "--output", "new"]):
+        assert run_command(*words, cwd=tmp_path, check=True).stderr == ""
+    run_program(lambda argv: None, [])
+    assert not are_progress_bars_disabled()
 
 
 def imports(argv, name):

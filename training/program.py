@@ -12,8 +12,10 @@ from typing import NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers.utils.logging import disable_progress_bar
 
-from .errors import UserError
+from .errors import UserError, message_of
 from .threads import fit_threads
 
 
@@ -48,6 +50,7 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """
     verbose = "--verbose" in argv
     _prepare_streams()
+    _hide_bars()
     fit_threads()
     try:
         main([word for word in argv if word != "--verbose"])
@@ -66,7 +69,7 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
 def _status_and_line(error: Exception) -> tuple[int, str]:
     """The exit status for an error, and the line that reports it."""
-    words = " ".join(str(error).split())
+    words = message_of(error)
     if isinstance(error, (UserError, StrictDataclassError)):
         return 2, f"error: {words}"
     if isinstance(error, OSError) and error.errno in REFUSED_BY_SYSTEM:
@@ -92,6 +95,14 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _hide_bars() -> None:
+    """Hides the progress bars of loading and saving a model. Those of downloads and of training stay."""
+    shows_downloads = not are_progress_bars_disabled()
+    disable_progress_bar()  # also those of downloads
+    if shows_downloads:
+        enable_progress_bars()
 
 
 def _is_unread(descriptor: int) -> bool:

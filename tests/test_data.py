@@ -188,7 +188,11 @@ BAD_DATA = {
         {"train_file": ["a.jsonl"]},
         "a.jsonl, row 1: must be an object",
     ),
-    "bad csv": ({"a.csv": text("source,target", "a", "b,c")}, {"train_file": ["a.csv"]}, "a.csv, line 2: 1 values"),
+    "bad csv": (
+        {"a.csv": text("source,target", "a", "b,c")},
+        {"train_file": ["a.csv"]},
+        "a.csv, line 2: 1 value, under 2 column names",
+    ),
     "open quote": (
         {"a.csv": text("source,target", 'a,"b')},
         {"train_file": ["a.csv"]},

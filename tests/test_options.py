@@ -313,7 +313,7 @@ def test_what_would_do_nothing_is_refused_by_name_before_anything_is_read(name, 
               "include_for_metrics": "inputs", "length_column_name": "x", "label_smoothing_factor": "0.1"}  # fmt: skip
     value = values.get(name, str(not DEFAULTS[name]))
     if name in ("parallelism_config", "liger_kernel_config"):
-        with pytest.raises(RecipeError, match=f"argument --{name}"):
+        with pytest.raises(RecipeError, match=f"recipe.yaml, field {name}: "):
             parse_recipe(recipe_with(folder, **{name: {"a": "1"}}))
         return
     with pytest.raises(RecipeError, match=f"^{name}=.* {re.escape(REFUSED[name])}$"):

@@ -218,7 +218,7 @@ BAD = {
     "JSON of numbers": (
         {"a.jsonl": lines(GOOD, '{"source": "a", "target": 5}')}, r"a.jsonl, line 2: the target is 5, and must be text"
     ),
-    "a CSV row that is too short": ({"a.csv": lines("source,target", "a,b", "c")}, r"a.csv, line 3: 1 values"),
+    "a CSV row that is too short": ({"a.csv": lines("source,target", "a,b", "c")}, r"a.csv, line 3: 1 value, under"),
 }  # fmt: skip
 
 

@@ -103,8 +103,8 @@ def throwaway(args: TrainingArguments, folder: str) -> TrainingArguments:
 
 def measure(run: Run, trainer: TranslationTrainer) -> list[Finding]:
     """
-    Makes one update on the longest batch and TIMED updates on the run's first batches, evaluates one batch, and writes a
-    checkpoint.
+    Makes one update on the longest batch and TIMED updates on the run's first batches, evaluates one batch, and writes
+    a checkpoint.
     """
     plan, args = make_plan(run, trainer), trainer.args
     accumulation = args.gradient_accumulation_steps

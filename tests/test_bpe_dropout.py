@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.data.bpe_dropout import BpeDropout, BpeDropoutRows, word_lengths
+from vanilla_transformer.training.data.bpe_dropout import BpeDropout, BpeDropoutRows
+from vanilla_transformer.training.data.encoding import word_lengths
 from vanilla_transformer.training.data.pairs import load_pairs, tokenize_pairs
 from vanilla_transformer.training.data.phrasebook import load_phrasebook
 from vanilla_transformer.training.errors import DataError, RecipeError

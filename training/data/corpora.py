@@ -1,7 +1,8 @@
 """The text and the ids of the training corpora, each read and filtered by its own fields, as one table."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from datasets import (
@@ -11,7 +12,6 @@ from datasets import (
     IterableDataset,
     Value,
     concatenate_datasets,
-    interleave_datasets,
 )
 from transformers import PreTrainedTokenizerBase
 
@@ -68,12 +68,21 @@ def open_corpus(corpus: Corpus) -> IterableDataset:
         return open_stream(corpus.data, corpus.columns)
 
 
-def join_streams(streams: Sequence[IterableDataset]) -> IterableDataset:
+def join_streams(corpora: Sequence[Corpus]) -> IterableDataset:
     """The text of all streamed corpora, a row of each in turn, to learn a vocabulary from and to check."""
-    streams = [stream.select_columns(list(SIDES)) for stream in streams]
-    if len(streams) == 1:
-        return streams[0]
-    return interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
+    # `interleave_datasets` reads the first rows at once, and does not say which stream has a fault.
+    return IterableDataset.from_generator(take_turns, gen_kwargs={"corpora": tuple(corpora)})
+
+
+def take_turns(corpora: Sequence[Corpus]) -> Iterator[dict[str, str]]:
+    """Yields a row of each corpus in turn, until the last has ended."""
+
+    def rows_of(corpus: Corpus) -> Iterator[dict[str, str]]:
+        with naming(corpus):
+            yield from open_stream(corpus.data)
+
+    for rows in zip_longest(*map(rows_of, corpora)):
+        yield from filter(None, rows)
 
 
 def join_texts(texts: Sequence[Dataset]) -> Dataset:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer import train_tokenizer
 
-from ..errors import DataError, RecipeError
+from ..errors import DataError, RecipeError, UserError
 from ..saved_model import load_tokenizer
 from ..settings.arguments import TokenizerArguments
 from ..settings.corpora import Corpus
@@ -84,7 +84,7 @@ def load_text(
     several = recipe.mixture.corpora is not None
     pairs = load_held_out(recipe.data) if several else load_pairs(recipe.data, reports[0], columns=corpora[0].columns)
     if recipe.data.streaming:
-        pairs["train"] = join_streams([open_corpus(corpus) for corpus in corpora])
+        pairs["train"] = join_streams(corpora) if several else open_corpus(corpora[0])
         return pairs, []
     texts = load_corpora(corpora, reports) if several else [training_split(pairs)]
     pairs["train"] = join_texts(texts)
@@ -136,6 +136,8 @@ def learn_tokenizer(args: TokenizerArguments, train: Dataset | IterableDataset) 
         logger.info("learning %d subwords from %d pairs", args.vocab_size, len(train))
     try:
         return train_tokenizer(training_texts(train), args.vocab_size, args.tokenizer_model, args.pretokenized)
+    except UserError:
+        raise
     except ValueError as error:
         raise RecipeError(str(error)) from error
 

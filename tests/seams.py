@@ -28,8 +28,8 @@ OVERRIDDEN = {
         "trial)": "a resumed run logs, evaluates and saves as its own command line says, not as the checkpoint does",
         "_run_epoch(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)": (
-            "tells the sampler its epoch and the stream its place, takes the rows of the stage, and makes no update where "
-            "the run has ended"
+            "tells the sampler its epoch and the stream its place, takes the rows of the stage, and makes no update "
+            "where the run has ended"
         ),
         "_maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, "
         "learning_rate=None)": "stops after a signal, or when the run has diverged; callbacks cannot save in between",

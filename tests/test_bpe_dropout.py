@@ -1,5 +1,6 @@
 """BPE-dropout: its distribution, what decides it, and how the Trainer takes it."""
 
+import itertools
 import math
 import pickle
 import random
@@ -175,6 +176,7 @@ def read(rows: BpeDropoutRows, epoch: int) -> list[dict[str, list[int]]]:
 def test_seed_epoch_row_and_side_decide_and_nothing_else_does(make_rows):
     rows = make_rows()
     first = read(rows, 0)
+    assert [*itertools.islice(rows, len(rows) + 1)] == first
     random.seed(1)
     torch.manual_seed(1)
     assert rows.__getitems__([5, 3, 5]) == [first[5], first[3], first[5]]

@@ -159,6 +159,11 @@ def test_seed_and_epoch_decide_and_workers_see_the_same(table):
         assert [row for batch in loader for row in batch] == epoch_of(rows, epoch)
 
 
+def test_the_rows_of_an_epoch_can_be_looped_over(table):
+    rows = mixed(table, 1, 1, 1)
+    assert len(list(itertools.islice(rows, len(rows) + 1))) == len(rows)
+
+
 def test_a_weight_that_gives_no_row_is_refused(table):
     with pytest.raises(
         RecipeError, match=r"corpora: bt: its weight is 1e-05 of all, which gives it no row of the 3300"

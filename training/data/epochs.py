@@ -63,6 +63,8 @@ class EpochRows(torch.utils.data.Dataset):
         return self.rows[[number % len(self.rows) for number in numbers]]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        if number >= len(self):
+            raise IndexError(number)
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:

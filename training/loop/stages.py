@@ -220,6 +220,9 @@ class StageEnds(TrainerCallback):
         """How many evaluations of this stage came after its best."""
         metric, began = f"eval_{args.deciding_metric}", self.trainer.position.stage_began
         scores = [entry[metric] for entry in state.log_history if metric in entry and entry["step"] > began]
+        # The evaluation at the end of the stage before is not counted.
+        if not scores:
+            return 0
         best = (max if args.greater_is_better else min)(scores)
         return len(scores) - 1 - scores.index(best)
 

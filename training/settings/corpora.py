@@ -213,6 +213,19 @@ def read_stages(mixture: MixtureArguments, corpora: list[Corpus], training: Trai
     return stages
 
 
+def _check_score(number: int, training: TrainingArguments) -> None:
+    """Refuses a stage that waits for a score that the run does not compute."""
+    waits = f"stages: stage {number} never ends: it waits until the score stalls, but"
+    if training.eval_strategy == "no":
+        raise RecipeError(f"{waits} eval_strategy=no computes none: set it to steps or epoch")
+    metric = training.deciding_metric
+    if metric not in ("loss", "perplexity") and not training.predict_with_generate:
+        raise RecipeError(
+            f"{waits} metric_for_best_model={metric} needs translations: set predict_with_generate to true, or "
+            "metric_for_best_model to loss"
+        )
+
+
 def check_corpora(corpora: list[Corpus], training: TrainingArguments) -> None:
     """
     Checks the fields of each corpus that is streamed.
@@ -276,10 +289,8 @@ def _check_ends(stages: list[Stage], training: TrainingArguments) -> None:
                     f"stages: stage {number + 1} never begins: stage {number} lasts until update {last}, and the run "
                     f"ends at max_steps={training.max_steps}"
                 )
-        if stage.until == "stalls" and (training.eval_strategy == "no" or not training.metric_for_best_model):
-            raise RecipeError(
-                f"stages: stage {number} never ends: it waits until the score stalls, but eval_strategy=no: set it"
-            )
+        if stage.until == "stalls":
+            _check_score(number, training)
 
 
 def places_apart(corpora: Any) -> Any:

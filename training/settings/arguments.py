@@ -172,8 +172,8 @@ class MixtureArguments:
     mixing_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "without weights, a corpus's share is its size ** (1 / this): 1 takes all rows as they are, more "
-            "gives more to small corpora (mT5: 3, fairseq: 5)"
+            "help": "without weights, a corpus's share is its size ** (1 / this): 1 takes each row once in an epoch, a "
+            "higher value gives small corpora more (Arivazhagan et al.: 5)"
         },
     )
     stages: list[dict] | None = field(

@@ -27,8 +27,10 @@ CORPUS_FIELDS = (
 # Fields that say where a corpus is. A run may be resumed with others: its data is compared by content.
 PLACES = ("train_file", "dataset", "data_dir")
 # Transforms whose only option is their rate, in the order in which they are applied.
-NOISE = ("lowercase", "uppercase", "titlecase", "strip_diacritics", "typos", "merge_words", "split_words")
-NOISE += ("drop_final_punctuation",)
+NOISE = (
+    *("lowercase", "uppercase", "titlecase", "strip_diacritics"),
+    *("typos", "merge_words", "split_words", "drop_final_punctuation"),
+)
 # Transforms that put text before the source -> the option that says which.
 PREFIXES = {"prefix": "column", "tag": "text"}
 TRANSFORMS = (*NOISE, *PREFIXES)

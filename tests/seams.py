@@ -13,17 +13,23 @@ OVERRIDDEN = {
         "_get_eval_sampler(self, eval_dataset)": "batches are bounded by tokens, the longest rows first",
         "get_train_dataloader(self)": "a stream divides its batches among the processes itself",
         "get_test_dataloader(self, test_dataset)": "rows keep their order, since predictions are matched with them",
-        "get_batch_samples(self, epoch_iterator, num_batches, device)": "stores the position in a stream for resuming",
+        "get_batch_samples(self, epoch_iterator, num_batches, device)": (
+            "stores the position in a stream for resuming, and counts what each corpus gives"
+        ),
+        "_set_signature_columns_if_needed(self)": "keeps the corpus of each row in the batch, to count it",
         # the loop
         "train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)": "listens to signals",
         "_prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint)": (
             "with FSDP2, tied embeddings stay in one group, and gradients add up in float32; there is no hook for it"
         ),
+        "set_initial_training_values(self, args, dataloader)": "with stages, only max_steps ends the run",
+        "log(self, logs, start_time=None)": "logs what each corpus has given",
         "_init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, "
         "trial)": "a resumed run takes the intervals of logging, evaluating and saving from its own command line",
         "_run_epoch(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)": (
-            "sets the sampler's epoch and the stream's position, and makes no update if the run has ended"
+            "sets the sampler's epoch and the stream's position, takes the rows of the stage, and makes no update if "
+            "the run has ended"
         ),
         "_maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, "
         "learning_rate=None)": "stops after a signal, or when the run has diverged; callbacks cannot save in between",
@@ -56,6 +62,7 @@ OVERRIDDEN = {
         "_push_from_checkpoint(self, checkpoint_folder)": "pushes the checkpoint's model, not the whole folder",
     },
     "transformers.TrainerCallback": {
+        "on_evaluate(self, args, state, control, **kwargs)": "the public way to react to an event",
         "on_train_begin(self, args, state, control, **kwargs)": "the public way to react to an event",
         "on_train_end(self, args, state, control, **kwargs)": "the public way to react to an event",
         "on_epoch_begin(self, args, state, control, **kwargs)": "the public way to react to an event",
@@ -207,6 +214,7 @@ ASSIGNED = {
         "_total_loss_scalar": "the loss of the whole run, to resume from",
         "_globalstep_last_logged": "since when the loss is added up, to resume from",
         "_initial_global_step": "where the run began, to report all of it",
+        "_signature_columns": "which columns of the rows a batch keeps",
     },
     "transformers.GenerationMixin._prepare_special_tokens": {
         "_decoder_start_token_tensor": "the decoder's first token as transformers has prepared it",

@@ -1,5 +1,6 @@
 """BPE-dropout: its distribution, its dependence on seed, epoch and row, and its use by the Trainer."""
 
+import itertools
 import math
 import pickle
 import random
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.data.bpe_dropout import BpeDropout, BpeDropoutRows, word_lengths
+from vanilla_transformer.training.data.bpe_dropout import BpeDropout, BpeDropoutRows
+from vanilla_transformer.training.data.encoding import word_lengths
 from vanilla_transformer.training.data.pairs import load_pairs, tokenize_pairs
 from vanilla_transformer.training.data.phrasebook import load_phrasebook
 from vanilla_transformer.training.errors import DataError, RecipeError
@@ -174,6 +176,7 @@ def read(rows: BpeDropoutRows, epoch: int) -> list[dict[str, list[int]]]:
 def test_seed_epoch_row_and_side_decide_and_nothing_else_does(make_rows):
     rows = make_rows()
     first = read(rows, 0)
+    assert [*itertools.islice(rows, len(rows) + 1)] == first
     random.seed(1)
     torch.manual_seed(1)
     assert rows.__getitems__([5, 3, 5]) == [first[5], first[3], first[5]]

@@ -156,12 +156,13 @@ def test_other_data_is_refused_by_its_split(change, names, message, begun, run, 
 
 def test_a_stream_is_known_by_the_names_and_sizes_of_its_files(begun, tmp_path):
     recipe = parse_recipe([str(begun / "recipe.yaml"), *SHORT, *STREAM, "--output_dir", str(tmp_path)])
-    told = fingerprint(recipe.data, {})
+    told = fingerprint(recipe.corpora, {})
     sizes = [(begun / name).stat().st_size for name in ("train.en", "train.de")]
     assert told == {"train": f"train.en of {sizes[0]} bytes, train.de of {sizes[1]} bytes"}
     for name in ("train.en", "train.de"):
         shutil.copy(begun / name, tmp_path / name)
-    moved = dataclasses.replace(recipe.data, train_file=["train.en", "train.de"], data_dir=str(tmp_path))
+    data = dataclasses.replace(recipe.data, train_file=["train.en", "train.de"], data_dir=str(tmp_path))
+    moved = recipe._replace(data=data).corpora
     assert fingerprint(moved, {}) == told
     cut_line(tmp_path / "train.en")
     assert fingerprint(moved, {}) != told

@@ -21,6 +21,7 @@ from vanilla_transformer.training.data.streaming import StreamedBatches, open_st
 from vanilla_transformer.training.errors import DataError, RecipeError
 from vanilla_transformer.training.loop.trainer import TranslationTrainer
 from vanilla_transformer.training.settings.arguments import DataArguments, TrainingArguments
+from vanilla_transformer.training.settings.corpora import Corpus
 from vanilla_transformer.training.settings.recipe import parse_recipe
 from vanilla_transformer_commands.main import run as run_program
 
@@ -73,7 +74,7 @@ def arguments(names: list[str], **options) -> DataArguments:
 
 def make(tokenizer, rows=None, length=LENGTH, shuffle_buffer=150, max_target_length=256, **options) -> StreamedBatches:
     data = DataArguments(shuffle_buffer=shuffle_buffer, max_target_length=max_target_length)
-    return StreamedBatches(rows or open_rows(), tokenizer, data, BUDGET, length=length, **options)
+    return StreamedBatches(rows or open_rows(), tokenizer, Corpus("train", data), BUDGET, length=length, **options)
 
 
 def open_rows(pairs=PAIRS) -> IterableDataset:

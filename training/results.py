@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from .data.pairs import language_pair
 from .files import write_beside
+from .loop.stages import MixtureTrainer
 from .loop.trainer import TranslationTrainer
 from .machine import machine
 from .metrics import score_texts
@@ -43,9 +44,13 @@ def score_run(
         "scores": score_texts(translations, references, recipe.decoding.bleu_tokenize),
         "num_beams": model.generation_config.num_beams,
         "parameters": model.num_parameters(),
-        "data_name": recipe.data.data_name or given.get("dataset") or ", ".join(given.get("train_file", [])),
+        "data_name": recipe.data.data_name
+        or ", ".join(given.get("corpora", ()))
+        or given.get("dataset")
+        or ", ".join(given.get("train_file", [])),
         "rows": {name: len(rows) for name, rows in pairs.items() if isinstance(rows, Dataset)},
         "training": training_summary(trainer),
+        **({"corpora": trainer.given_in_all} if isinstance(trainer, MixtureTrainer) else {}),
         "example_source": sources[0],
         "example_translation": translations[0],
     }

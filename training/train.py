@@ -19,7 +19,7 @@ from .checks.inputs import check_inputs
 from .checks.plan import check_plan
 from .checks.prepared import Run
 from .checks.rehearsal import rehearse
-from .data.rows import prepare_data, with_bpe_dropout
+from .data.rows import prepare_data, training_rows
 from .errors import RecipeError
 from .files import make_folder, put_in_place
 from .findings import require
@@ -28,6 +28,7 @@ from .loop.callbacks import RecipeWriter, callbacks
 from .loop.memory import hold_memory
 from .loop.network import build_model
 from .loop.resuming import checkpoint_to_resume, refuse_changes
+from .loop.stages import MixtureTrainer
 from .loop.trainer import TranslationTrainer, score_translations
 from .metrics import format_scores
 from .model_names import find_model
@@ -119,19 +120,22 @@ def build_trainer(
     args = recipe.training
     if args.learning_rate is None:
         args.learning_rate = (model.config.d_model * args.warmup_steps) ** -0.5
-    train = with_bpe_dropout(recipe, rows["train"], tokenizer) if recipe.data.bpe_dropout else rows["train"]
-    return TranslationTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=rows.get("validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        compute_metrics=score_translations(tokenizer, recipe.decoding.bleu_tokenize)
+    options = {
+        "model": model,
+        "args": args,
+        "eval_dataset": rows.get("validation"),
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+        "compute_metrics": score_translations(tokenizer, recipe.decoding.bleu_tokenize)
         if args.predict_with_generate
         else None,
-        callbacks=callbacks(args),
-    )
+        "callbacks": callbacks(args),
+    }
+    stages = training_rows(recipe, rows["train"], tokenizer)
+    if recipe.mixture.corpora is None:
+        return TranslationTrainer(train_dataset=stages[0], **options)
+    names = [corpus.name for corpus in recipe.corpora]
+    return MixtureTrainer(names=names, stages=recipe.stages, stage_rows=stages, **options)
 
 
 def final_model(args: TrainingArguments) -> PreTrainedModel:

@@ -75,7 +75,7 @@ def check_vocabulary(run: Run) -> Iterator[Finding]:
     special = {part: getattr(tokenizer, f"{part}_token_id") for part in ("pad", "bos", "eos", "unk")}
     numbers = ", ".join(f"{part} {number}" for part, number in special.items())
     asked = run.recipe.tokenizer.vocab_size
-    few = "" if run.recipe.tokenizer.tokenizer or len(tokenizer) == asked else f" (the text has fewer than {asked:,})"
+    few = "" if run.recipe.tokenizer.tokenizer or len(tokenizer) >= asked else f" (the text has fewer than {asked:,})"
     yield ok("vocabulary", f"{len(tokenizer):,} subwords{few}; {numbers}")
 
     highest = max(tokenizer.get_vocab().values())

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from vanilla_transformer.network_operations import linear
 
 from ..data.batching import TokenBudgetBatches
-from ..data.bpe_dropout import BpeDropoutRows
+from ..data.epochs import EpochRows
 from ..findings import Finding, error, ok, warning
+from ..loop.stages import MixtureTrainer
 from ..loop.trainer import TranslationTrainer
 from ..machine import machine, memory_of
 from ..settings.arguments import TrainingArguments
@@ -64,7 +65,7 @@ def check_plan(run: Run, trainer: TranslationTrainer) -> list[Finding]:
     """Checks batches, schedule, disk and memory. Logs the sizes of an update and of an epoch."""
     plan = make_plan(run, trainer)
     logger.info("%s", plan)
-    findings = [*check_batches(run, plan), *check_schedule(run, plan), *check_disk(run, plan)]
+    findings = [*check_corpora(trainer), *check_batches(run, plan), *check_schedule(run, plan), *check_disk(run, plan)]
     findings += check_precision(run, trainer.args.device)
     # For a sharded model, only real updates show the memory.
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -74,10 +75,12 @@ def check_plan(run: Run, trainer: TranslationTrainer) -> list[Finding]:
 
 def make_plan(run: Run, trainer: TranslationTrainer) -> Plan:
     """Counts the updates as the Trainer does, and the tokens of its batches."""
-    args, lengths = trainer.args, run.lengths["train"]
+    args, lengths, rows = trainer.args, run.lengths["train"], trainer.train_dataset
     loader = trainer.get_train_dataloader()
     per_epoch, updates = (trainer.set_initial_training_values(args, loader)[place] for place in (1, 6))
-    growth = trainer.train_dataset.growth() if isinstance(trainer.train_dataset, BpeDropoutRows) else 1
+    growth = 1.0
+    if isinstance(rows, EpochRows):
+        growth, lengths = rows.growth(), dict(zip(COLUMNS, rows.lengths, strict=True))
     tokens = [growth * lengths[side].sum() for side in COLUMNS]
     if run.recipe.data.streaming:
         sources, targets = (lengths[side].tolist() for side in COLUMNS)
@@ -101,6 +104,16 @@ def padding_of(batches: Iterable[list[int]], lengths: Lengths) -> float:
                 tokens += side[batch].sum()
                 places += side[batch].max() * len(batch)
     return 1 - float(tokens) / float(places)
+
+
+def check_corpora(trainer: TranslationTrainer) -> Iterator[Finding]:
+    """How many rows of each corpus an epoch has, in each stage."""
+    if not isinstance(trainer, MixtureTrainer):
+        return
+    for number, (stage, rows) in enumerate(zip(trainer.stages, trainer.stage_rows, strict=True), 1):
+        end = f" until {stage.until}={stage.number}" if stage.until else ""
+        name = f"stage {number}{end}: " if trainer.staged else ""
+        yield ok("corpora", f"{name}{' '.join(str(rows).split())}")
 
 
 def check_batches(run: Run, plan: Plan) -> Iterator[Finding]:

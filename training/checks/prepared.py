@@ -36,7 +36,7 @@ class Run:
     @cached_property
     def data(self) -> dict[str, str]:
         """A description that identifies the data of each split."""
-        return fingerprint(self.recipe.data, self.tables)
+        return fingerprint(self.recipe.corpora, self.tables)
 
     @cached_property
     def tables(self) -> dict[str, pa.Table]:

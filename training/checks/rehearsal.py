@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from ..data.batching import batch_sizes, token_budget
+from ..data.corpora import open_corpus
+from ..data.transforms import examples
 from ..findings import Finding, error, errors, ok, render, warning
 from ..loop.checkpoints import CheckpointError
 from ..loop.trainer import TranslationTrainer
@@ -32,6 +34,8 @@ from .prepared import Run, longest_rows
 
 # Number of timed updates. The first update, on the longest batch, is not one of them.
 TIMED = 5
+# Examples of each transform, and the number of rows in which they are looked for.
+SHOWN, SAMPLE = 5, 2000
 
 
 def rehearse(run: Run, build_trainer: Callable[..., TranslationTrainer]) -> None:
@@ -55,8 +59,27 @@ def rehearse(run: Run, build_trainer: Callable[..., TranslationTrainer]) -> None
                 findings += measure(run, trainer)
     if run.recipe.training.process_index == 0:
         print(render(findings))
+        print(*transform_examples(run), sep="\n")
     if errors(findings):
         raise SystemExit(2)
+
+
+def transform_examples(run: Run) -> Iterator[str]:
+    """Lines that show what each transform of each corpus does to some of its rows."""
+    for number, corpus in enumerate(run.recipe.corpora):
+        if not corpus.transforms:
+            continue
+        rows = islice(rows_of_text(run, number), SAMPLE)
+        for transform, lines in examples(corpus, list(rows), run.recipe.training.seed_of_data, SHOWN).items():
+            yield f"\n{corpus.name}: {transform.name}, {transform.rate:.0%} of the rows, for example"
+            yield from (f"  {line}" for line in lines or ["no row that it changes"])
+
+
+def rows_of_text(run: Run, number: int) -> Iterator[dict]:
+    """The rows of a corpus, as text."""
+    if run.recipe.data.streaming:
+        return iter(open_corpus(run.recipe.corpora[number]))
+    return (row for row in run.rows["train"] if row["corpus"] == number)
 
 
 class Stopwatch(TrainerCallback):

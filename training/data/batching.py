@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..errors import UserError
 from ..words import counted
+from .epochs import EpochRows, row_lengths
 
 
 class BatchError(UserError):
@@ -42,8 +43,8 @@ class TokenBudgetBatches(BatchRebalanceSampler):
 
     def __init__(
         self,
-        source_lengths: Sequence[int],
-        target_lengths: Sequence[int],
+        source_lengths: Sequence[int] | np.ndarray,
+        target_lengths: Sequence[int] | np.ndarray,
         max_tokens: int,
         seed: int = 0,
         num_processes: int = 1,
@@ -113,8 +114,7 @@ def batch_sizes(lengths: list[int], max_tokens: int, multiple_of: int = 1) -> li
     return sizes
 
 
-def token_budget(dataset: Dataset, max_tokens: int, **options: Any) -> TokenBudgetBatches:
-    """`TokenBudgetBatches` of a dataset with the columns `input_ids` and `labels`."""
-    table = dataset.with_format("arrow")[:]
-    source, target = (pc.list_value_length(table[name]).to_pylist() for name in ("input_ids", "labels"))
+def token_budget(rows: Dataset | EpochRows, max_tokens: int, **options: Any) -> TokenBudgetBatches:
+    """`TokenBudgetBatches` of rows with the columns `input_ids` and `labels`."""
+    source, target = row_lengths(rows)
     return TokenBudgetBatches(source, target, max_tokens, **options)

@@ -13,25 +13,16 @@ import json
 import math
 import random
 from collections.abc import Callable
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError
 from ..settings.arguments import DataArguments
-
-
-# The columns of a side's ids -> the columns of its words' lengths in tokens.
-WORDS = {"input_ids": "source_words", "labels": "target_words"}
-
-
-def word_lengths(encoded: BatchEncoding) -> list[list[int]]:
-    """For each text, the number of tokens in each word. Tokens that the tokenizer adds to a text count as a word."""
-    rows = range(len(encoded["input_ids"]))
-    return [[len(list(tokens)) for _, tokens in groupby(encoded.word_ids(row))] for row in rows]
+from .encoding import WORDS
+from .epochs import Columns, EpochRows
 
 
 class BpeDropout:
@@ -126,7 +117,7 @@ class BpeDropout:
         return symbols, run
 
 
-class BpeDropoutRows(torch.utils.data.Dataset):
+class BpeDropoutRows(EpochRows):
     """
     Training rows, `{"input_ids", "labels"}`, with new dropout in each epoch.
 
@@ -142,33 +133,20 @@ class BpeDropoutRows(torch.utils.data.Dataset):
         RecipeError: the tokenizer has no merges.
     """
 
-    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments, seed: int):
-        self.rows = rows
+    def __init__(self, rows: Dataset | EpochRows, tokenizer: PreTrainedTokenizerBase, data: DataArguments, seed: int):
+        super().__init__(rows)
         self._cut = BpeDropout(tokenizer, data.bpe_dropout)
         self._longest = {"input_ids": data.max_source_length, "labels": data.max_target_length}
         self._seed = seed
-        # In shared memory, so that persistent workers of earlier epochs see changes.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Must be called at the start of each epoch, before its first row is read."""
-        self._epoch.fill_(epoch)
+    def columns(self, numbers: list[int]) -> Columns:
+        """The ids of these rows, cut anew."""
+        columns = super().columns(numbers)
+        return {side: self._cut_side(columns, side, numbers) for side in WORDS}
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, list[int]]:
-        return self.__getitems__([number])[0]
-
-    def __getitems__(self, numbers: list[int]) -> list[dict[str, list[int]]]:
-        """A batch of rows; a DataLoader calls this."""
-        columns = self.rows[numbers]
-        sides = {side: self._cut_side(columns, side, numbers) for side in WORDS}
-        return [dict(zip(sides, row, strict=True)) for row in zip(*sides.values(), strict=True)]
-
-    def _cut_side(self, columns: dict[str, list], side: str, numbers: list[int]) -> list[list[int]]:
-        # One number from seed, epoch (32 bits), and row and side (64 bits).
-        first_key = (self._seed << 32 | int(self._epoch)) << 64 | (side == "labels")
+    def _cut_side(self, columns: Columns, side: str, numbers: list[int]) -> list[list[int]]:
+        # One number of four: seed, epoch (32 bits), row and side (64 bits).
+        first_key = (self._seed << 32 | self.epoch) << 64 | (side == "labels")
         cut = []
         for number, tokens, words in zip(numbers, columns[side], columns[WORDS[side]], strict=True):
             anew = self._cut(tokens, words, first_key | number << 1)
@@ -178,8 +156,6 @@ class BpeDropoutRows(torch.utils.data.Dataset):
     def growth(self, sample: int = 1000) -> float:
         """The factor by which rows become longer, estimated from a sample spread over the data."""
         numbers = list(range(0, len(self), max(1, len(self) // sample)))
-        before = self.rows[numbers]
-        after = self.__getitems__(numbers)
-        return sum(len(row[side]) for row in after for side in WORDS) / sum(
-            len(tokens) for side in WORDS for tokens in before[side]
-        )
+        before, after = super().columns(numbers), self.columns(numbers)
+        lengths = [sum(len(tokens) for side in WORDS for tokens in columns[side]) for columns in (after, before)]
+        return lengths[0] / lengths[1]

@@ -98,9 +98,15 @@ def find_fault(tests: Tests, source: Any, target: Any) -> str | None:
 
 
 class FilterReport:
-    """Counts rows, and for each reason the skipped rows and the number, from 1, of the first."""
+    """
+    Counts rows, and for each reason the skipped rows and the number, from 1, of the first.
 
-    def __init__(self):
+    Args:
+        name: of what the rows are, in the log.
+    """
+
+    def __init__(self, name: str = "train"):
+        self.name = name
         self.rows = 0
         self.left_out: dict[str, tuple[int, int]] = {}
         # Numbers of the remaining rows, for later tests; None before the first test.

@@ -30,10 +30,12 @@ from ..errors import DataError
 from ..files import missing
 from ..model_names import is_path
 from ..settings.arguments import DataArguments
+from ..settings.corpora import Corpus
 from ..settings.rules import check_data
 from ..words import counted
-from .bpe_dropout import WORDS, word_lengths
+from .encoding import WORDS, encode_pairs
 from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
+from .transforms import PLANNED, transform_batch
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,12 @@ def expand_path(path: str, folder: str | None = None) -> Path:
     return expand_path(folder) / expanded if folder else expanded
 
 
-def load_pairs(data: DataArguments, report: FilterReport | None = None) -> DatasetDict:
+def load_pairs(
+    data: DataArguments,
+    report: FilterReport | None = None,
+    splits: Sequence[str] | None = None,
+    columns: Sequence[str] = (),
+) -> DatasetDict:
     """
     Loads the parallel text that `data` names.
 
@@ -103,6 +110,8 @@ def load_pairs(data: DataArguments, report: FilterReport | None = None) -> Datas
     Args:
         data: locates and filters the text.
         report: counts the skipped training rows, to be logged later. Without it they are logged now.
+        splits: the splits to load. Default: all, but train only if it is not streamed.
+        columns: other columns of text to keep in the training split.
 
     Returns:
         The existing splits among train (unless it is streamed), validation and test, with the string columns `source`
@@ -114,11 +123,12 @@ def load_pairs(data: DataArguments, report: FilterReport | None = None) -> Datas
     check_data(data)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    splits = _load_dataset(data) if data.dataset else _load_files(data)
-    if data.streaming and not splits:
+    splits = splits or _in_memory(data)
+    loaded = _load_dataset(data, splits) if data.dataset else _load_files(data, splits)
+    if data.streaming and not loaded:
         raise DataError("with streaming there is no data to score the model on: give validation or test data")
     filters = report or FilterReport()
-    pairs = DatasetDict({split: _clean(columns, split, data, filters) for split, columns in splits.items()})
+    pairs = DatasetDict({split: _clean(found, split, data, filters, columns) for split, found in loaded.items()})
     if report is None and "train" in pairs:
         _log(filters)
     return pairs
@@ -143,7 +153,7 @@ def _in_memory(data: DataArguments) -> tuple[str, ...]:
     return SPLITS[1:] if data.streaming else SPLITS
 
 
-def _load_dataset(data: DataArguments) -> dict[str, Columns]:
+def _load_dataset(data: DataArguments, splits: Sequence[str]) -> dict[str, Columns]:
     assert data.dataset is not None
     if data.dataset.startswith(PHRASEBOOK):
         from .phrasebook import load_phrasebook
@@ -159,17 +169,17 @@ def _load_dataset(data: DataArguments) -> dict[str, Columns]:
     found = [split for split in SPLITS if split in loaded]
     if not found:
         raise DataError(f"{data.dataset}: no split is named {_listed(SPLITS)}: there are {_listed(loaded)}")
-    return {split: _columns(loaded[split]) for split in found if split in _in_memory(data)}
+    return {split: _columns(loaded[split]) for split in found if split in splits}
 
 
-def _load_files(data: DataArguments) -> dict[str, Columns]:
+def _load_files(data: DataArguments, splits: Sequence[str]) -> dict[str, Columns]:
     files = {split: getattr(data, f"{split}_file") for split in SPLITS}
     paths = {split: [expand_path(name, data.data_dir) for name in names] for split, names in files.items() if names}
     # All of them before the first is read.
     for path in chain(*paths.values()):
         if not path.exists():
             raise DataError(missing(path, "file"))
-    return {split: _load_split(split, found) for split, found in paths.items() if split in _in_memory(data)}
+    return {split: _load_split(split, found) for split, found in paths.items() if split in splits}
 
 
 def _load_split(split: str, paths: list[Path]) -> Columns:
@@ -289,8 +299,10 @@ def _columns(rows: Dataset | datasets.IterableDataset) -> Columns:
     return {name: rows[name] for name in rows.column_names}
 
 
-def _clean(columns: Columns, split: str, data: DataArguments, report: FilterReport) -> Dataset:
-    """The two columns, with every value checked, without the rows that training should not use."""
+def _clean(
+    columns: Columns, split: str, data: DataArguments, report: FilterReport, others: Sequence[str] = ()
+) -> Dataset:
+    """The two columns, with every value checked, without the rows that training should not use; in training, others."""
     if not any(map(len, columns.values())):
         raise DataError(f"{split}: the data is empty, it has no rows")
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
@@ -300,8 +312,12 @@ def _clean(columns: Columns, split: str, data: DataArguments, report: FilterRepo
         for side, text in zip(SIDES, pair, strict=True):
             if fault := text_fault(text):
                 raise DataError(f"{split}, row {index + 1}: the {side} {fault}")
-    features = Features({side: Value("string") for side in SIDES})
-    pairs = read(split, Dataset.from_dict, {"source": sources, "target": targets}, features=features)
+    texts = {"source": sources, "target": targets}
+    for name in others if split == "train" else ():
+        refuse_missing(name, columns, split)
+        texts[name] = ["" if value is None else str(value) for value in columns[name][:limit]]
+    features = Features({name: Value("string") for name in texts})
+    pairs = read(split, Dataset.from_dict, texts, features=features)
     tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty}
     return _filter(pairs, tests, zip(sources, targets, strict=True), split, report)
 
@@ -335,6 +351,15 @@ def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple
                 f"{split}: {found}: name one of {_listed(columns)} by {side}_column (or its language by {side}_lang)"
             )
     return tuple(map(str, names))
+
+
+def refuse_missing(name: str, columns: Iterable[str], place: str) -> None:
+    """
+    Raises:
+        DataError: there is no column of this name, which a prefix needs.
+    """
+    if name not in columns:
+        raise DataError(f"{place}: there is no column {name!r} to put before the source: there are {_listed(columns)}")
 
 
 def _filter(rows: Dataset, tests: Tests, values: Iterable[tuple], split: str, report: FilterReport) -> Dataset:
@@ -382,7 +407,7 @@ def hold_out(pairs: DatasetDict, rows: dict[str, Any], numbers: np.ndarray) -> N
 
 
 def _log(report: FilterReport) -> None:
-    logger.log(logging.WARNING if report.left_out else logging.INFO, "train: %s", report)
+    logger.log(logging.WARNING if report.left_out else logging.INFO, "%s: %s", report.name, report)
 
 
 def _listed(names: Any) -> str:
@@ -403,6 +428,8 @@ def tokenize_pairs(
     data: DataArguments,
     split: str,
     report: FilterReport | None = None,
+    corpus: Corpus | None = None,
+    keep_text: bool = False,
 ) -> Dataset:
     """
     Turns text into ids.
@@ -416,6 +443,8 @@ def tokenize_pairs(
         data: the maximum lengths, the ratio, and whether BPE-dropout needs the words.
         split: the split's name.
         report: the rows that load_pairs skipped; logged together with those skipped here.
+        corpus: transforms the text before it is turned into ids, by one draw that serves to plan batches.
+        keep_text: whether the columns of text remain.
 
     Returns:
         `input_ids` and `labels`, both ending in eos; for BPE-dropout also the lengths of their words.
@@ -426,19 +455,19 @@ def tokenize_pairs(
     require_eos(tokenizer)
     with_words = split == "train" and data.bpe_dropout > 0
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-        sides = {
-            "input_ids": tokenizer(batch["source"], return_attention_mask=False),
-            "labels": tokenizer(text_target=batch["target"], return_attention_mask=False),
-        }
-        columns = {name: side["input_ids"] for name, side in sides.items()}
-        return columns | ({WORDS[name]: word_lengths(side) for name, side in sides.items()} if with_words else {})
+    def encode(batch: dict[str, list[str]], numbers: list[int]) -> dict[str, list]:
+        texts = batch["source"], batch["target"]
+        if corpus and corpus.transforms:
+            texts = transform_batch(corpus, batch, numbers, 0, PLANNED)
+        return encode_pairs(tokenizer, *texts, data, with_words)
 
+    features = dict(ENCODED) | dict.fromkeys(WORDS.values() if with_words else (), List(Value("int32")))
     encoded = pairs.map(
         encode,
         batched=True,
-        remove_columns=pairs.column_names,
-        features=Features(ENCODED | dict.fromkeys(WORDS.values() if with_words else (), List(Value("int32")))),
+        with_indices=True,
+        remove_columns=None if keep_text else pairs.column_names,
+        features=Features((pairs.features if keep_text else {}) | features),
         keep_in_memory=True,
         desc=f"tokenizing {split}",
     )

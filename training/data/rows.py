@@ -1,6 +1,7 @@
-"""The rows that a run trains on: its text, its vocabulary, and the ids of one by the other."""
+"""Prepares the data of a run: its text, its vocabulary, and the text as rows of token ids."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer import train_tokenizer
 
-from ..errors import DataError, RecipeError
+from ..errors import DataError, RecipeError, UserError
 from ..saved_model import load_tokenizer
 from ..settings.arguments import TokenizerArguments
+from ..settings.corpora import Corpus
 from ..settings.recipe import Recipe
 from ..words import counted
 from .bpe_dropout import BpeDropout, BpeDropoutRows
+from .corpora import join_streams, join_texts, load_corpora, load_held_out, open_corpus, tokenize_corpora
+from .epochs import EpochRows
 from .filters import FilterReport
+from .mixture import MixedRows, weights_by_size
 from .pairs import hold_out, load_pairs, tokenize_pairs, training_texts
-from .streaming import VOCABULARY_ROWS, StreamedBatches, open_stream
+from .streamed_mixture import MixedBatches
+from .streaming import VOCABULARY_ROWS, StreamedBatches
+from .transformed_rows import TransformedRows
 
 
 logger = logging.getLogger(__name__)
@@ -26,26 +33,63 @@ logger = logging.getLogger(__name__)
 
 def prepare_data(recipe: Recipe) -> tuple[DatasetDict, PreTrainedTokenizerBase, dict[str, Any]]:
     """
-    The text of all splits, the tokenizer, and the ids of the splits that are trained on and evaluated.
+    Loads the text of all splits, learns or loads the tokenizer, and turns the text into ids.
+
+    Returns:
+        The text of each split; the tokenizer; and the ids of the splits that are trained on and evaluated.
 
     Raises:
         UserError: the data or the tokenizer cannot be used.
     """
-    args, report = recipe.training, FilterReport()
+    args, corpora = recipe.training, recipe.corpora
+    reports = [FilterReport(corpus.name) for corpus in corpora]
     # One process of all machines, not of each: they share the run's folder.
     with args.main_process_first(local=False, desc="loading data"):
-        pairs = load_pairs(recipe.data, report)
-        if recipe.data.streaming:
-            pairs["train"] = open_stream(recipe.data)
+        pairs, texts = load_text(recipe, corpora, reports)
         tokenizer = prepare_tokenizer(recipe, training_split(pairs))
-    before = report.numbers
-    splits = [split for split in pairs if split != "test"]
-    rows = {split: prepare_rows(recipe, pairs[split], tokenizer, split, report) for split in splits}
-    if args.eval_strategy != "no" and "validation" not in pairs and not recipe.data.streaming:
+    rows: dict[str, Any] = {}
+    if recipe.data.streaming:
+        rows["train"] = streamed_batches(recipe, tokenizer)
+    elif is_plain(recipe):
+        before = reports[0].numbers
+        rows["train"] = tokenize_pairs(pairs["train"], tokenizer, recipe.data, "train", reports[0])
         assert before is not None
-        assert report.numbers is not None
-        hold_out(pairs, rows, np.searchsorted(before, report.numbers))
+        assert reports[0].numbers is not None
+        places = np.searchsorted(before, reports[0].numbers)
+    else:
+        rows["train"], places = tokenize_corpora(corpora, texts, reports, tokenizer)
+    if "validation" not in pairs and args.eval_strategy != "no" and not recipe.data.streaming:
+        hold_out(pairs, rows, places)
+    if "validation" in pairs and ("validation" not in rows or not is_plain(recipe)):
+        # Of rows that were held out, the text as it is, without transforms.
+        rows["validation"] = tokenize_pairs(pairs["validation"], tokenizer, recipe.data, "validation")
     return pairs, tokenizer, rows
+
+
+def is_plain(recipe: Recipe) -> bool:
+    """Whether a recipe has one corpus, whose text stays as it is."""
+    return recipe.mixture.corpora is None and not recipe.mixture.transforms
+
+
+def load_text(
+    recipe: Recipe, corpora: Sequence[Corpus], reports: Sequence[FilterReport]
+) -> tuple[DatasetDict, list[Dataset]]:
+    """
+    The text of all splits, where `train` joins all corpora; and the text of each corpus, if it is not streamed.
+
+    Args:
+        recipe: names the data.
+        corpora: the recipe's.
+        reports: for each corpus, counts the rows that its filters skip.
+    """
+    several = recipe.mixture.corpora is not None
+    pairs = load_held_out(recipe.data) if several else load_pairs(recipe.data, reports[0], columns=corpora[0].columns)
+    if recipe.data.streaming:
+        pairs["train"] = join_streams(corpora) if several else open_corpus(corpora[0])
+        return pairs, []
+    texts = load_corpora(corpora, reports) if several else [training_split(pairs)]
+    pairs["train"] = join_texts(texts)
+    return pairs, texts
 
 
 def training_split(pairs: DatasetDict) -> Dataset | IterableDataset:
@@ -70,6 +114,8 @@ def prepare_tokenizer(recipe: Recipe, train: Dataset | IterableDataset) -> PreTr
         return load_tokenizer(str(folder))
     named = recipe.tokenizer.tokenizer
     tokenizer = load_tokenizer(named) if named else learn_tokenizer(recipe.tokenizer, train)
+    if not named:
+        tokenizer.add_tokens([tag for corpus in recipe.corpora for tag in corpus.tags])
     if recipe.data.bpe_dropout:
         BpeDropout(tokenizer, recipe.data.bpe_dropout)  # refuses a tokenizer of another kind, before the run begins
     if not check:
@@ -91,36 +137,68 @@ def learn_tokenizer(args: TokenizerArguments, train: Dataset | IterableDataset) 
         logger.info("learning %d subwords from %s", args.vocab_size, counted(len(train), "pair"))
     try:
         return train_tokenizer(training_texts(train), args.vocab_size, args.tokenizer_model, args.pretokenized)
+    except UserError:
+        raise
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
 
-def prepare_rows(
-    recipe: Recipe,
-    pairs: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    report: FilterReport,
-) -> Dataset | StreamedBatches:
-    """The ids of a split; for a stream, the batches that this process trains on."""
-    if isinstance(pairs, Dataset):
-        return tokenize_pairs(pairs, tokenizer, recipe.data, split, report)
-    args = recipe.training
-    return StreamedBatches(
-        pairs,
-        tokenizer,
-        recipe.data,
-        args.per_device_train_batch_tokens,
-        length=args.max_steps * args.gradient_accumulation_steps,
-        seed=args.seed_of_data,
-        num_processes=args.world_size,
-        process_index=args.process_index,
-    )
+def streamed_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[StreamedBatches]:
+    """The batches of a stream that this process trains on, for each stage of the run."""
+    args, corpora = recipe.training, recipe.corpora
+    options = {
+        "max_tokens": args.per_device_train_batch_tokens,
+        "length": args.max_steps * args.gradient_accumulation_steps,
+        "seed": args.seed_of_data,
+        "num_processes": args.world_size,
+        "process_index": args.process_index,
+    }
+    if recipe.mixture.corpora is None:
+        return [StreamedBatches(open_corpus(corpora[0]), tokenizer, corpora[0], **options)]
+    return [
+        MixedBatches([open_corpus(corpus) for corpus in corpora], tokenizer, corpora, weights, **options)
+        for weights in weights_of_stages(recipe, [1] * len(corpora))
+    ]
 
 
-def with_bpe_dropout(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> BpeDropoutRows:
-    """The training rows, cut anew in each epoch."""
-    anew = BpeDropoutRows(rows, tokenizer, recipe.data, recipe.training.seed_of_data)
-    longer = 100 * (anew.growth() - 1)
-    logger.info("BPE-dropout %g lengthens rows by %.0f %% on a sample", recipe.data.bpe_dropout, longer)
-    return anew
+def training_rows(
+    recipe: Recipe, rows: Dataset | list[StreamedBatches], tokenizer: PreTrainedTokenizerBase
+) -> Sequence[Dataset | EpochRows | StreamedBatches]:
+    """The rows of each stage of the run: mixed, transformed and cut anew in each epoch, as the recipe says."""
+    if isinstance(rows, list):
+        return rows
+    seed, corpora, anew = recipe.training.seed_of_data, recipe.corpora, rows
+    if any(corpus.transforms for corpus in corpora):
+        anew = TransformedRows(anew, tokenizer, corpora, seed)
+    if recipe.data.bpe_dropout:
+        anew = BpeDropoutRows(anew, tokenizer, recipe.data, seed)
+        longer = 100 * (anew.growth() - 1)
+        logger.info("BPE-dropout %g lengthens rows by %.0f %% on a sample", recipe.data.bpe_dropout, longer)
+    if recipe.mixture.corpora is None:
+        return [anew]
+    corpus = rows.with_format("numpy")["corpus"][:]
+    names = [corpus.name for corpus in corpora]
+    weights = weights_of_stages(recipe, np.bincount(corpus, minlength=len(names)).tolist())
+    mixtures = [MixedRows(anew, corpus, names, weight, seed) for weight in weights]
+    for number, mixture in enumerate(mixtures, 1):
+        logger.info("%s%s", f"stage {number}: " if len(mixtures) > 1 else "", mixture)
+    return mixtures
+
+
+def weights_of_stages(recipe: Recipe, sizes: Sequence[int]) -> list[list[float]]:
+    """
+    The weight of each corpus in each stage; 0 leaves it out.
+
+    Args:
+        recipe: has corpora.
+        sizes: the number of rows of each corpus.
+    """
+    corpora, weights = recipe.corpora, []
+    for stage in recipe.stages:
+        if stage.weights is not None:
+            weights.append([stage.weights.get(corpus.name, 0.0) for corpus in corpora])
+        elif corpora[0].weight is not None:
+            weights.append([corpus.weight or 0.0 for corpus in corpora])
+        else:
+            weights.append(weights_by_size(sizes, recipe.mixture.mixing_temperature))
+    return weights

@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,21 +81,27 @@ class ResumableTrainer(Seq2SeqTrainer):
         # With more processes than before, this one may have no file.
         if self._resumed_from is None or not path.exists():
             return
-        progress = json.loads(path.read_text(encoding="utf-8"))
+        self._restore(json.loads(path.read_text(encoding="utf-8")))
+
+    def _restore(self, progress: dict[str, Any]) -> None:
         self._tr_loss += progress["loss"]
         self._total_loss_scalar = progress["logged_loss"]
         self._globalstep_last_logged = progress["logged_step"]
         self._began -= progress["seconds"]
         self._initial_global_step = 0
 
-    def _save_progress(self, folder: Path) -> None:
-        progress = {
+    def _progress(self) -> dict[str, Any]:
+        """What `_restore` restores."""
+        return {
             "loss": self._tr_loss.item(),
             "logged_loss": self._total_loss_scalar,
             "logged_step": self._globalstep_last_logged,
             "seconds": time.time() - self._began,
         }
-        (folder / f"progress_{self.args.process_index}.json").write_text(json.dumps(progress), encoding="utf-8")
+
+    def _save_progress(self, folder: Path) -> None:
+        path = folder / f"progress_{self.args.process_index}.json"
+        path.write_text(json.dumps(self._progress()), encoding="utf-8")
 
     def _run_epoch(self, *, epoch: int, **kwargs):
         """Makes no update if the run has already ended."""
@@ -142,7 +149,11 @@ class ResumableTrainer(Seq2SeqTrainer):
     def _epoch_is_ending(self) -> bool:
         """Whether the epoch's last update is done, but its evaluation and log are not."""
         stops = self.control.should_training_stop or self.control.should_epoch_stop
-        return not self.bookkeeping.epoch_ended and (stops or self.state.global_step % self._updates_per_epoch == 0)
+        return not self.bookkeeping.epoch_ended and (stops or self._is_last_of_epoch())
+
+    def _is_last_of_epoch(self) -> bool:
+        """Whether the update that is done is the epoch's last."""
+        return self.state.global_step % self._updates_per_epoch == 0
 
     def _save_checkpoint(self, model, trial, kind: str = "checkpoint") -> None:
         """

@@ -7,7 +7,9 @@ one in the run's folder. Data is compared by its content, since files may have m
 
 import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +18,7 @@ from ..data.pairs import ENCODED, expand_path
 from ..errors import RecipeError
 from ..files import missing
 from ..settings.arguments import DataArguments, TrainingArguments
+from ..settings.corpora import Corpus, places_apart
 from ..settings.recipe import Recipe, read_recipe, recipe_of_run, recipe_parser
 from ..settings.rules import REFUSED
 from .checkpoints import damage, newest_checkpoint, settle
@@ -61,7 +64,7 @@ def refuse_changes(recipe: Recipe) -> None:
     parser = recipe_parser()
     defaults = vars(parser.parse_args([]))
     began, now = defaults | read_recipe(str(path), None, parser), defaults | recipe.given
-    changed = [name for name in parser.hints if began[name] != now[name]]
+    changed = [name for name in parser.hints if _comparable(name, began[name]) != _comparable(name, now[name])]
     for name in changed:
         if name not in MAY_CHANGE:
             raise RecipeError(
@@ -71,6 +74,11 @@ def refuse_changes(recipe: Recipe) -> None:
     for name in changed:
         if name not in PASSING.split():
             logger.info("from now on %s=%s; the run began with %s", name, now[name], began[name])
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """A field's value as it is compared: of corpora, without the places where they are."""
+    return places_apart(value) if name == "corpora" else value
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -124,17 +132,21 @@ def refuse_model_alone(checkpoint: Path) -> None:
         )
 
 
-def fingerprint(data: DataArguments, tables: dict[str, pa.Table]) -> dict[str, str]:
+def fingerprint(corpora: Sequence[Corpus], tables: dict[str, pa.Table]) -> dict[str, str]:
     """
     Identifies the data of a run, independent of its location: each split by the number of rows and a checksum of their
     ids; a stream, which is not read to its end, by the names and sizes of its files.
     """
     found = {split: _rows_in_words(table) for split, table in tables.items()}
-    if data.streaming:
-        paths = [expand_path(name, data.data_dir) for name in data.train_file or []]
-        files = [f"{path.name} of {path.stat().st_size:,} bytes" for path in paths]
-        found["train"] = ", ".join(files) or Path(data.dataset or "").name
+    if corpora[0].data.streaming:
+        found["train"] = ", ".join(_files_in_words(corpus.data) for corpus in corpora)
     return found
+
+
+def _files_in_words(data: DataArguments) -> str:
+    paths = [expand_path(name, data.data_dir) for name in data.train_file or []]
+    files = [f"{path.name} of {path.stat().st_size:,} bytes" for path in paths]
+    return ", ".join(files) or Path(data.dataset or "").name
 
 
 def _rows_in_words(table: pa.Table) -> str:

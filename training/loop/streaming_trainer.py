@@ -65,8 +65,10 @@ class StreamingTrainer(ResumableTrainer):
         Raises:
             RecipeError: the checkpoint is from a run with another number of processes, or without streaming.
         """
-        if checkpoint is None or not skipped:
-            return
+        if checkpoint is not None and skipped:
+            stream.resume(self._read_position(checkpoint), skipped)
+
+    def _read_position(self, checkpoint: str) -> dict[str, Any]:
         path = self._position_file(checkpoint)
         position = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"processes": 0}
         if position["processes"] != self.args.world_size:
@@ -74,10 +76,10 @@ class StreamingTrainer(ResumableTrainer):
                 f"{checkpoint} was written by {position['processes']} streaming processes, but this run has "
                 f"{self.args.world_size}: a stream resumes only with the same number"
             )
-        stream.resume(position, skipped)
+        return position
 
     def _run_epoch(self, *, epoch: int, **kwargs):
-        """Moves the stream to the checkpoint's position. The stock loop would read and discard all earlier batches."""
-        if self.stream is not None:
+        """Moves the stream to its position. The stock loop would read and discard all earlier batches."""
+        if self.stream is not None and epoch == kwargs["epochs_trained"]:
             self._resume(self.stream, kwargs["resume_from_checkpoint"], kwargs["steps_trained_in_current_epoch"])
         super()._run_epoch(epoch=epoch, **kwargs)

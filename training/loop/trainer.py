@@ -18,7 +18,7 @@ from transformers.utils import PushInProgress
 from vanilla_transformer.network_loss import IGNORE_INDEX
 
 from ..data.batching import TokenBudgetBatches, token_budget
-from ..data.bpe_dropout import BpeDropoutRows
+from ..data.epochs import EpochRows
 from ..errors import RecipeError
 from ..metrics import TranslationMetrics, numbers
 from ..publishing.hub import create_repository, push_checkpoint, push_run
@@ -51,9 +51,9 @@ class TranslationTrainer(StreamingTrainer):
         """Makes batches by a token budget, if the arguments ask for it."""
         if self.args.train_sampling_strategy != "token_budget":
             return super()._get_train_sampler(train_dataset)
-        # With BPE-dropout, batches are made by the lengths without it, so that their number is equal in each epoch.
-        rows = self.train_dataset.rows if isinstance(self.train_dataset, BpeDropoutRows) else self.train_dataset
-        self._batches = self._token_budget(rows, self.args.per_device_train_batch_tokens, seed=self.args.seed_of_data)
+        # Planned by lengths that are the same in each epoch, so that the number of batches is, too.
+        budget = self.args.per_device_train_batch_tokens
+        self._batches = self._token_budget(self.train_dataset, budget, seed=self.args.seed_of_data)
         return self._batches
 
     def _get_eval_sampler(self, eval_dataset):
@@ -77,7 +77,7 @@ class TranslationTrainer(StreamingTrainer):
             return
         if self._batches is not None:
             self._batches.set_epoch(epoch)
-        if isinstance(self.train_dataset, BpeDropoutRows):
+        if isinstance(self.train_dataset, EpochRows):
             self.train_dataset.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
 

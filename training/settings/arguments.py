@@ -158,6 +158,34 @@ class DataArguments:
 
 
 @dataclass
+class MixtureArguments:
+    """
+    Several training corpora, in place of `train_file`: how they are mixed, and how their text is changed.
+
+    They are mappings, best written in a recipe (docs/training.md, "Several corpora"). corpora.py reads them.
+    """
+
+    corpora: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "training corpora: a mapping of names to fields (train_file, weight, transforms and others)"},
+    )
+    mixing_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "without weights, a corpus's share is its size ** (1 / this): 1 takes each row once in an epoch, a "
+            "higher value gives small corpora more (Arivazhagan et al.: 5)"
+        },
+    )
+    stages: list[dict] | None = field(
+        default=None, metadata={"help": "parts of the run, in order, each with weights of its own and an end (until)"}
+    )
+    transforms: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "changes of training text, drawn anew in each epoch: a mapping of names to rates"},
+    )
+
+
+@dataclass
 class DecodingArguments:
     """How the trained model translates (saved as its generation config), and how translations are scored."""
 

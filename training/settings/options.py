@@ -78,6 +78,14 @@ def truth_or_text(text: str) -> bool | str:
     return text.lower() == "true" if text.lower() in ("true", "false") else text
 
 
+def mapping(text: str) -> dict[str, Any]:
+    """A mapping, written as JSON."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
+
+
 def plain(value: Any) -> Any:
     """An option's value as people write it: whole numbers without a decimal point, enum members by their value."""
     if isinstance(value, list):

@@ -16,8 +16,16 @@ from vanilla_transformer.engine_products import is_native
 from ..errors import RecipeError, message_of
 from ..files import likely_names
 from . import rules
-from .arguments import DataArguments, DecodingArguments, ModelArguments, TokenizerArguments, TrainingArguments
-from .options import OptionParser, as_yaml, plain, read_yaml, true_or_false, truth_or_text
+from .arguments import (
+    DataArguments,
+    DecodingArguments,
+    MixtureArguments,
+    ModelArguments,
+    TokenizerArguments,
+    TrainingArguments,
+)
+from .corpora import Corpus, Stage, check_corpora, read_corpora, read_stages
+from .options import OptionParser, as_yaml, mapping, plain, read_yaml, true_or_false, truth_or_text
 
 
 logger = logging.getLogger(__name__)
@@ -34,9 +42,20 @@ class Recipe(NamedTuple):
     model: ModelArguments
     tokenizer: TokenizerArguments
     data: DataArguments
+    mixture: MixtureArguments
     decoding: DecodingArguments
     training: TrainingArguments
     given: dict[str, Any]
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The training corpora."""
+        return read_corpora(self.data, self.mixture)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of the run, in order."""
+        return read_stages(self.mixture, self.corpora, self.training)
 
 
 ABOUT = """\
@@ -46,7 +65,14 @@ recipe, such as quickstart.yaml. Options on the command line override the recipe
 
 def recipe_parser() -> OptionParser:
     """The parser of recipes and command lines."""
-    groups = (ModelArguments, TokenizerArguments, DataArguments, DecodingArguments, TrainingArguments)
+    groups = (
+        ModelArguments,
+        TokenizerArguments,
+        DataArguments,
+        MixtureArguments,
+        DecodingArguments,
+        TrainingArguments,
+    )
     usage = "%(prog)s [RECIPE.yaml] [--variant NAME] [--field value ...]"
     # The config's defaults for the fields of the network.
     defaults = {option.name: getattr(VanillaTransformerConfig, option.name, None) for option in fields(ModelArguments)}
@@ -62,6 +88,11 @@ def recipe_parser() -> OptionParser:
     parser.add_argument("--fsdp", type=truth_or_text, nargs="?", const=True, help=helps["fsdp"])
     trackio = ("--trackio_static_space_id", "--trackio-static-space-id")
     parser.add_argument(*trackio, type=truth_or_text, help=helps["trackio_static_space_id"])
+    # transformers' parser would make a dict of the letters.
+    for option in fields(MixtureArguments):
+        if option.default is None:
+            several: dict[str, Any] = {"nargs": "+"} if option.name == "stages" else {}
+            parser.add_argument(f"--{option.name}", type=mapping, help=option.metadata["help"], **several)
     return parser
 
 
@@ -91,13 +122,16 @@ def parse_recipe(argv: list[str]) -> Recipe:
         given["bf16"] = resolve_bf16(parser.parse_args(argv), parser)
         argv = [*argv, "--bf16", str(given["bf16"])]
     try:
-        model, tokenizer, data, decoding, training, _ = parser.parse_args_into_dataclasses(
+        model, tokenizer, data, mixture, decoding, training, _ = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False
         )
     except (ValueError, OSError, ImportError) as error:  # a file or a package that an argument asks for is not there
         raise RecipeError(message_of(error)) from error
-    recipe = Recipe(model, tokenizer, data, decoding, training, given)
+    recipe = Recipe(model, tokenizer, data, mixture, decoding, training, given)
     rules.check_recipe(recipe)
+    # Reads both, so that their faults are raised here.
+    if recipe.stages and mixture.corpora is not None:
+        check_corpora(recipe.corpora, training)
     # A model comes with its tokenizer.
     tokenizer.tokenizer = model.model or tokenizer.tokenizer
     return recipe
@@ -202,6 +236,9 @@ def public(recipe: dict[str, Any]) -> dict[str, Any]:
         for name in PATHS_OR_NAMES
         if (value := recipe.get(name)) and (value.startswith(("/", ".", "~", "$")) or Path(value).exists())
     }
-    return {
+    published = {
         name: last(value) if value and (name in PATHS or name in local) else value for name, value in recipe.items()
     }
+    if corpora := recipe.get("corpora"):
+        published["corpora"] = {name: public(fields) for name, fields in corpora.items()}
+    return published

@@ -67,7 +67,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha dataloader_num_workers "
         "eval_delay save_total_limit neftune_noise_alpha",
     ),
-    "above 0": (lambda n: n > 0, "num_train_epochs logging_steps eval_steps save_steps"),
+    "above 0": (lambda n: n > 0, "num_train_epochs logging_steps eval_steps save_steps mixing_temperature"),
     "at least 1": (
         lambda n: n >= 1,
         "gradient_accumulation_steps per_device_train_batch_tokens per_device_eval_batch_tokens "
@@ -126,7 +126,8 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         RecipeError: two fields exclude each other.
     """
-    model, tokenizer, data, _, training, _ = recipe
+    model, tokenizer, data, training = recipe.model, recipe.tokenizer, recipe.data, recipe.training
+    check_numbers(recipe.mixture)
     rules: list[Rule] = [
         (
             "tokenizer",
@@ -140,7 +141,7 @@ def check_recipe(recipe: Recipe) -> None:
         ),
     ]
     if data.streaming:
-        rules += _rules_of_streams(data, training)
+        check_stream(data, training)
     learned = not (model.model or tokenizer.tokenizer)
     rules.append(
         (
@@ -151,6 +152,16 @@ def check_recipe(recipe: Recipe) -> None:
         )
     )
     refuse(vars(training) | vars(data) | vars(tokenizer), rules)
+
+
+def check_stream(data: DataArguments, training: TrainingArguments) -> None:
+    """
+    Checks the fields of a corpus that is streamed.
+
+    Raises:
+        RecipeError: streaming excludes a field's value.
+    """
+    refuse(vars(training) | vars(data), _rules_of_streams(data, training))
 
 
 def _rules_of_streams(data: DataArguments, training: TrainingArguments) -> Iterator[Rule]:

@@ -87,7 +87,7 @@ WRONG = {
     "one weight": ({"clean": {"weight": 2}}, {}, "corpora: crawled has no weight, but others have"),
     "no data": ({"clean": {"train_file": None}}, {}, "corpora: clean: no data: give it a train_file or a dataset"),
     "data twice": ({"clean": {"dataset": "a/b"}}, {}, "corpora: clean: dataset='a/b' and train_file are both given"),
-    "a wrong value": ({"clean": {"max_source_length": "x"}}, {}, "corpora: clean: argument --max_source_length"),
+    "a wrong value": ({"clean": {"max_source_length": "x"}}, {}, "corpora: clean: field max_source_length"),
     "a number out of range": ({"clean": {"max_source_length": 0}}, {}, "clean: max_source_length=0 must be at"),
     "a file besides": ({}, {"train_file": ["a", "b"]}, "train_file and corpora are both given"),
     "a temperature besides weights": (

@@ -133,6 +133,12 @@ def training_texts(pairs: Dataset | datasets.IterableDataset) -> Iterator[str]:
         yield from chain(batch["source"], batch["target"])
 
 
+def training_pairs(pairs: Dataset | datasets.IterableDataset) -> Iterator[tuple[str, str]]:
+    """Every source with its target, for train_unit_tokenizer."""
+    for batch in pairs.iter(batch_size=1000):
+        yield from zip(batch["source"], batch["target"], strict=True)
+
+
 def _in_memory(data: DataArguments) -> tuple[str, ...]:
     """The splits that are loaded into memory."""
     return SPLITS[1:] if data.streaming else SPLITS
@@ -164,12 +170,12 @@ def _load_files(data: DataArguments) -> dict[str, Columns]:
     for path in chain(*paths.values()):
         if not path.exists():
             raise DataError(f"{path}: no such file")
-    return {split: _load_split(split, found) for split, found in paths.items() if split in _in_memory(data)}
+    return {split: _load_split(split, found, data) for split, found in paths.items() if split in _in_memory(data)}
 
 
-def _load_split(split: str, paths: list[Path]) -> Columns:
+def _load_split(split: str, paths: list[Path], data: DataArguments) -> Columns:
     if len(paths) == 1:
-        return _load_table(paths[0])
+        return _load_table(paths[0], data.has_header)
     if len(paths) == 2:
         return _load_parallel_text(*paths)
     raise DataError(f"{split}_file names {len(paths)} files: give one data file, or two of parallel text")
@@ -185,17 +191,21 @@ def _load_parallel_text(source: Path, target: Path) -> Columns:
     return {"source": sources, "target": targets}
 
 
-def _load_table(path: Path) -> Columns:
+def _load_table(path: Path, has_header: bool) -> Columns:
     if path.suffix == ".parquet":
         return _columns(read(path, datasets.load_dataset, "parquet", data_files=str(path), split="train"))
-    rows = [row for _, row in table_rows(path)]
+    rows = [row for _, row in table_rows(path, has_header)]
     names = dict.fromkeys(chain.from_iterable(rows))
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def table_rows(path: Path, has_header: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     Yields the rows of a .jsonl, .json, .csv or .tsv file, plain or .gz, one by one, each with the number of its line.
+
+    Args:
+        path: the file.
+        has_header: whether the first row of .csv and .tsv names the columns. Otherwise they are named "1", "2" ...
 
     Raises:
         DataError: another kind of file, or a row that cannot be read (names the line).
@@ -204,28 +214,30 @@ def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if suffix in ("jsonl", "json"):
         return _json_rows(path)
     if suffix == "csv":
-        return _csv_rows(path, delimiter=",")
+        return _csv_rows(path, has_header, delimiter=",")
     if suffix == "tsv":
         # Here a quotation mark is text, as the media type has it (text/tab-separated-values, IANA).
-        return _csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return _csv_rows(path, has_header, delimiter="\t", quoting=csv.QUOTE_NONE)
     raise DataError(
         f"{path}: the suffix of a data file must be .jsonl, .json, .csv, .tsv or .parquet "
         "(parallel text takes two files: source, then target)"
     )
 
 
-def _csv_rows(path: Path, **form: Any) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(path: Path, has_header: bool, **form: Any) -> Iterator[tuple[int, dict[str, str]]]:
     """
-    A first line of names, then rows. Every value is text.
+    Rows below a first row of names, if there is one. Every value is text.
 
     `datasets` would convert numbers and read "NA" as missing, and its errors name no line.
     """
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True, **form)
     try:
-        header = next(reader, [])
+        header = next(reader, []) if has_header else []
         for row in filter(None, reader):
+            header = header or [str(number) for number in range(1, len(row) + 1)]
             if len(row) != len(header):
-                raise DataError(f"{path}, line {reader.line_num}: {len(row)} values, under {len(header)} column names")
+                others = f"under {len(header)} column names" if has_header else f"where the first row has {len(header)}"
+                raise DataError(f"{path}, line {reader.line_num}: {len(row)} values, {others}")
             yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer import train_tokenizer
+from vanilla_transformer import train_tokenizer, train_unit_tokenizer
 
 from ..errors import DataError, RecipeError
 from ..saved_model import load_tokenizer
@@ -16,7 +16,7 @@ from ..settings.arguments import TokenizerArguments
 from ..settings.recipe import Recipe
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .filters import FilterReport
-from .pairs import hold_out, load_pairs, tokenize_pairs, training_texts
+from .pairs import hold_out, load_pairs, tokenize_pairs, training_pairs, training_texts
 from .streaming import VOCABULARY_ROWS, StreamedBatches, open_stream
 
 
@@ -85,10 +85,14 @@ def learn_tokenizer(args: TokenizerArguments, train: Dataset | IterableDataset) 
     """
     if isinstance(train, IterableDataset):
         train = train.take(VOCABULARY_ROWS)
-        logger.info("learning %d subwords from at most %d pairs", args.vocab_size, VOCABULARY_ROWS)
+        count = f"at most {VOCABULARY_ROWS}"
     else:
-        logger.info("learning %d subwords from %d pairs", args.vocab_size, len(train))
+        count = str(len(train))
     try:
+        if args.units:
+            logger.info("learning a vocabulary of units from %s pairs: source %s, target %s", count, *args.units)
+            return train_unit_tokenizer(training_pairs(train), args.vocab_size, *args.units)
+        logger.info("learning %d subwords from %s pairs", args.vocab_size, count)
         return train_tokenizer(training_texts(train), args.vocab_size, args.tokenizer_model, args.pretokenized)
     except ValueError as error:
         raise RecipeError(str(error)) from error

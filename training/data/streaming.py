@@ -106,7 +106,7 @@ def table_pairs(path: Path, data: DataArguments) -> Iterator[dict[str, str]]:
         DataError: a source or target is not there, or is not text.
     """
     names: tuple[str, ...] = ()
-    for number, row in table_rows(path):
+    for number, row in table_rows(path, data.has_header):
         place = f"{path}, line {number}"
         names = names or choose_columns(list(row), place, data)
         yield _pair(row, names, place)

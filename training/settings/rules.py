@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
+from vanilla_transformer.tokenization_units import UNITS
+
 from ..errors import DataError, RecipeError, UserError
 from ..findings import Finding, error, warning
 from .options import plain
 
 
 if TYPE_CHECKING:
-    from .arguments import DataArguments, TrainingArguments
+    from .arguments import DataArguments, TokenizerArguments, TrainingArguments
     from .recipe import Recipe
 
 # A field, whether its value is refused, and why: words that continue `field=value`.
@@ -151,6 +153,30 @@ def check_recipe(recipe: Recipe) -> None:
         )
     )
     refuse(vars(training) | vars(data) | vars(tokenizer), rules)
+
+
+def check_tokenizer(tokenizer: TokenizerArguments) -> None:
+    """
+    Checks the fields of the vocabulary to learn against each other. train_tokenizer checks the model and the size.
+
+    Raises:
+        RecipeError: the two sides cannot have these vocabularies, or a field would have no effect.
+    """
+    model, target = tokenizer.tokenizer_model, tokenizer.target_tokenizer_model
+    rules: list[Rule] = [
+        (
+            "target_tokenizer_model",
+            target is not None and not {model, target} <= set(UNITS),
+            f"and tokenizer_model={model} do not go together: both must be {' or '.join(UNITS)}, since subwords are "
+            "learned from both sides at once",
+        ),
+        (
+            "pretokenized",
+            tokenizer.pretokenized and model in UNITS,
+            f"is for subwords, but tokenizer_model={model}: leave it out",
+        ),
+    ]
+    refuse(vars(tokenizer), rules)
 
 
 def _rules_of_streams(data: DataArguments, training: TrainingArguments) -> Iterator[Rule]:

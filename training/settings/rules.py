@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from vanilla_transformer.tokenization_units import UNITS
+from vanilla_transformer.tokenization_vanilla_transformer import TOKENIZER_MODELS
 
 from ..errors import DataError, RecipeError, UserError
 from ..findings import Finding, error, warning
@@ -157,13 +158,15 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_tokenizer(tokenizer: TokenizerArguments) -> None:
     """
-    Checks the fields of the vocabulary to learn against each other. train_tokenizer checks the model and the size.
+    Checks the fields of the vocabulary to learn. train_tokenizer checks its size.
 
     Raises:
-        RecipeError: the two sides cannot have these vocabularies, or a field would have no effect.
+        RecipeError: a value is unknown, the sides cannot have these vocabularies, or a field would have no effect.
     """
     model, target = tokenizer.tokenizer_model, tokenizer.target_tokenizer_model
+    known = (*TOKENIZER_MODELS, *UNITS)
     rules: list[Rule] = [
+        ("tokenizer_model", model not in known, f"is unknown: choose one of {', '.join(known)}"),
         (
             "target_tokenizer_model",
             target is not None and not {model, target} <= set(UNITS),

@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, repeat, zip_longest
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,10 @@ from ..errors import DataError, UserError
 from ..settings.arguments import DataArguments
 from .batching import TokenBudgetBatches
 from .filters import Tests, find_fault, length_limits, ratio_limit, text_tests
-from .pairs import SIDES, choose_columns, expand_path, is_json_list, read, read_lines, require_eos, table_rows
+from .pairs import SIDES, choose_columns, expand_path, read, require_eos
+from .reading.formats import read_rows
+from .reading.lines import read_parallel_lines
+from .reading.tables import flat, is_json_list
 
 
 logger = logging.getLogger(__name__)
@@ -86,27 +89,21 @@ def parallel_pairs(source: Path, target: Path) -> Iterator[dict[str, str]]:
     Yields the lines of two files side by side.
 
     Raises:
-        DataError: one file ends before the other.
+        DataError: one file has more lines than the other.
     """
-    for number, pair in enumerate(zip_longest(read_lines(source), read_lines(target)), 1):
-        for path, text in zip((source, target), pair, strict=True):
-            if text is None:
-                raise DataError(
-                    f"{path} ends after {number - 1} lines, and the other goes on: "
-                    f"line N of {source} must be the translation of line N of {target}"
-                )
+    for pair in read_parallel_lines(source, target):
         yield dict(zip(SIDES, pair, strict=True))
 
 
 def table_pairs(path: Path, data: DataArguments) -> Iterator[dict[str, str]]:
     """
-    Yields the pairs of a file that table_rows reads.
+    Yields the pairs of a file that read_rows reads.
 
     Raises:
         DataError: a source or target is not there, or is not text.
     """
     names: tuple[str, ...] = ()
-    for number, row in table_rows(path, data.has_header):
+    for number, row in read_rows(path, data.has_header):
         place = f"{path}, line {number}"
         names = names or choose_columns(list(row), place, data)
         yield _pair(row, names, place)
@@ -114,8 +111,7 @@ def table_pairs(path: Path, data: DataArguments) -> Iterator[dict[str, str]]:
 
 def _pairs_of(rows: IterableDataset, place: str, data: DataArguments) -> IterableDataset:
     def pair(row: dict[str, Any]) -> dict[str, str]:
-        nested = {name: value for name, value in row.items() if isinstance(value, dict)}
-        row |= {f"{name}.{inner}": text for name, value in nested.items() for inner, text in value.items()}
+        row = flat(row)
         return _pair(row, choose_columns(list(row), place, data), place)
 
     return rows.map(pair).select_columns(list(SIDES))

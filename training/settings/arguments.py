@@ -115,8 +115,8 @@ class DataArguments:
     """
     The parallel text: `dataset`, or files. Paths may contain environment variables ($NAME).
 
-    Each split takes one data file (.jsonl, .json, .csv or .tsv, plain or .gz, or .parquet), or two parallel text files,
-    source then target (plain or .gz).
+    Each split takes one data file (.jsonl, .json, .csv, .tsv, .parquet, .tmx, .xliff, .po or WMT's .xml), or two
+    parallel text files, source then target. All but .parquet may be compressed (.gz, .xz, .bz2, .zst).
     """
 
     dataset: str | None = field(

@@ -1,5 +1,6 @@
 """Loads a saved model and its tokenizer, and refuses folders whose files do not match each other."""
 
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -8,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
+from vanilla_transformer.conversion.sentencepiece_model import from_sentencepiece
 from vanilla_transformer.engine_program import load_if_possible
 from vanilla_transformer.loading import refuse_nonfinite_weights, refuse_other_tokenizer
 
@@ -69,12 +71,15 @@ def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrained
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a folder or of a Hub name. No code in the folder is run.
+    The tokenizer of a folder, of a Hub name, or of a SentencePiece model (a file `.model`). No code in the folder is
+    run.
 
     Raises:
         UserError: the tokenizer is missing or damaged.
     """
     try:
+        if folder.endswith(".model") and Path(folder).is_file():
+            return from_sentencepiece(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # The library tokenizers raises plain Exceptions.
     except Exception as error:

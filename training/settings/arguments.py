@@ -76,7 +76,10 @@ class TokenizerArguments:
     """The vocabulary: an existing tokenizer, or one learned from the training data."""
 
     tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or Hub name of a tokenizer (default: learn one from the training data)"}
+        default=None,
+        metadata={
+            "help": "folder or Hub name of a tokenizer, or a SentencePiece model, a file *.model (default: learn one)"
+        },
     )
     tokenizer_model: str = field(
         default="bpe",

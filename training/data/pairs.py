@@ -25,7 +25,16 @@ from ..errors import DataError
 from ..settings.arguments import DataArguments
 from ..settings.rules import check_data
 from .bpe_dropout import WORDS, word_lengths
-from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
+from .filters import (
+    FilterReport,
+    Tests,
+    filter_rows,
+    is_empty,
+    language_tests,
+    length_limits,
+    ratio_limit,
+    text_tests,
+)
 from .reading.formats import DOCUMENTS, read_rows, suffix_of
 from .reading.lines import read_parallel_lines
 
@@ -199,7 +208,7 @@ def _clean(columns: Columns, split: str, data: DataArguments, report: FilterRepo
                 raise DataError(f"{split}, row {index + 1}: the {side} {fault}")
     features = Features({side: Value("string") for side in SIDES})
     pairs = read(split, Dataset.from_dict, {"source": sources, "target": targets}, features=features)
-    tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty}
+    tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty} | language_tests(data)
     return _filter(pairs, tests, zip(sources, targets, strict=True), split, report)
 
 

@@ -168,6 +168,10 @@ class DataArguments:
     drop_bad_encoding: bool = field(
         default=False, metadata={"help": "skip training rows decoded with the wrong encoding (e.g. Ã¼ for ü)"}
     )
+    identify_languages: bool = field(
+        default=False,
+        metadata={"help": "skip training rows in another language than source_lang or target_lang (by py3langid)"},
+    )
     bpe_dropout: float = field(
         default=0.0,
         metadata={"help": "probability of skipping a BPE merge, drawn anew in each epoch (Provilkov et al.: 0.1)"},

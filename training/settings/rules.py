@@ -231,6 +231,11 @@ def check_data(data: DataArguments) -> None:
     rules: list[Rule] = [
         ("bpe_dropout", not 0 <= data.bpe_dropout <= 1, "must lie between 0 and 1: it is a probability"),
         (
+            "identify_languages",
+            data.identify_languages and not (data.source_lang or data.target_lang),
+            "needs to know which they are: name them by source_lang and target_lang",
+        ),
+        (
             "max_length_ratio",
             ratio is not None and not ratio >= 1,
             "must be at least 1: it is the longer side's number of tokens divided by the shorter side's",

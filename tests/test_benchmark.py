@@ -18,7 +18,7 @@ from vanilla_transformer import train_tokenizer
 from vanilla_transformer.conversion.marian import to_marian
 from vanilla_transformer.engine_products import is_native
 from vanilla_transformer.training.data.batching import TokenBudgetBatches
-from vanilla_transformer.training.data.pairs import read_lines
+from vanilla_transformer.training.data.reading.lines import read_lines
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.machine import processor
 from vanilla_transformer.training.program import run_program

@@ -14,10 +14,10 @@ from vanilla_transformer.training.data.filters import FilterReport
 from vanilla_transformer.training.data.pairs import (
     language_pair,
     load_pairs,
-    read_lines,
     tokenize_pairs,
     training_texts,
 )
+from vanilla_transformer.training.data.reading.lines import read_lines, warn_once
 from vanilla_transformer.training.errors import DataError
 from vanilla_transformer.training.settings.arguments import DataArguments
 
@@ -154,7 +154,11 @@ BAD_DATA = {
         "en has 3 lines and de has 2",
     ),
     "three files": (BOTH, {"train_file": ["en", "de", "en"]}, "train_file names 3 files"),
-    "suffix": ({"a.xml": b"<a/>"}, {"train_file": ["a.xml"]}, ".jsonl, .json, .csv, .tsv or .parquet"),
+    "suffix": (
+        {"a.txt": b"a"},
+        {"train_file": ["a.txt"]},
+        ".jsonl, .json, .csv, .tsv, .tmx, .xlf, .xliff, .po, .xml or .parquet",
+    ),
     "not UTF-8": ({**BOTH, "de": LATIN}, {"train_file": ["en", "de"]}, "de, line 2: byte 0xf6 is not UTF-8"),
     "not UTF-8, gz": (
         {**BOTH, "de.gz": gzip.compress(LATIN)},
@@ -284,11 +288,14 @@ def test_a_dataset_without_standard_splits_is_refused_with_a_list_of_those_it_ha
 
 
 def test_empty_sides_leave_training_and_stay_in_evaluation(caplog):
+    warn_once.cache_clear()
     files = write({"en": text("a", "", "c", " \t"), "de": text("x", "y", "\u3000", "z")})
     pairs = load_pairs(DataArguments(train_file=files, test_file=files))
     assert rows_of(pairs["train"]) == [("a", "x")]
     assert rows_of(pairs["test"]) == [("a", "x"), ("", "y"), ("c", "\u3000"), (" \t", "z")]
     assert caplog.messages == [
+        "en, line 2: blank, where de has text (2 such lines)",
+        "de, line 3: blank, where en has text (1 such lines)",
         "test: 3 of 4 rows with an empty side, kept (first: row 2)",
         "train: kept 1 of 4 rows\n  left out  first row  because of\n         3          2  an empty side",
     ]

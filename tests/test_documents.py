@@ -29,6 +29,7 @@ COMMANDS = [
 ]
 TRAIN_PROGRAM = re.compile(r"(?:vanilla-transformer|-m vanilla_transformer_commands) train ")
 TRAIN = [line for line in COMMANDS if TRAIN_PROGRAM.search(line) and "[" not in line and "..." not in line]
+RECIPES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
 # What `python PATH` and `python -m NAME` do.
 RUN_MAIN = """
 import runpy, sys
@@ -81,12 +82,17 @@ def test_the_examples_of_the_decoding_guide_run_from_top_to_bottom(saved_model):
     assert (saved_model / "alignment.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
+def test_each_recipe_of_the_training_guide_is_understood(recipe, tmp_path):
+    (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
+    assert parse_recipe([str(tmp_path / "mine.yaml"), "--output_dir", "run"]).data.train_file
+
+
 @pytest.mark.parametrize("line", TRAIN, ids=range(len(TRAIN)))
 def test_each_training_command_of_the_documents_is_understood(line, saved_model, monkeypatch):
     monkeypatch.chdir(saved_model)
     (saved_model / "runs" / "en-fr" / "recipe.yaml").write_text("dataset: phrasebook:en-fr\noutput_dir: runs/en-fr\n")
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
-    (saved_model / "mine.yaml").write_text(recipe, encoding="utf-8")
+    (saved_model / "mine.yaml").write_text(RECIPES[0], encoding="utf-8")
     words = shlex.split(TRAIN_PROGRAM.split(line, maxsplit=1)[1], comments=True)
     recipe = parse_recipe([word for word in words if word != "&&"])
     assert recipe.training.output_dir
@@ -138,9 +144,11 @@ def test_the_public_names_are_these():
         "VanillaTransformerModel",
         "VanillaTransformerPreTrainedModel",
         "VanillaTransformerTokenizer",
+        "VanillaTransformerUnitTokenizer",
         "minimum_bayes_risk",
         "to_pharaoh",
         "train_tokenizer",
+        "train_unit_tokenizer",
         "word_alignment",
     ]
 

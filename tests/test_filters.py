@@ -1,6 +1,7 @@
 """What is left out of training, and what is said about it."""
 
 import random
+import sys
 
 import pytest
 from babel import Locale
@@ -9,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from vanilla_transformer.training.data.filters import (
     Duplicates,
     FilterReport,
+    _identifier,
     filter_rows,
     find_fault,
     is_badly_encoded,
@@ -16,7 +18,10 @@ from vanilla_transformer.training.data.filters import (
     ratio_limit,
     text_tests,
 )
+from vanilla_transformer.training.data.pairs import load_pairs
+from vanilla_transformer.training.errors import DataError
 from vanilla_transformer.training.settings.arguments import DataArguments
+from vanilla_transformer.training.settings.rules import check_data
 
 
 # Right text that holds pairs of characters like those of UTF-8 in Windows-1252.
@@ -166,3 +171,42 @@ def test_the_ratio_is_that_of_the_tokens_without_eos(ratio):
 
 def test_without_a_ratio_all_pairs_are_even():
     assert ratio_limit(DataArguments()) == {}
+
+
+class TestLanguages:
+    ENGLISH = "Two young men are outside near many bushes, and they talk about the weather."
+    GERMAN = "Zwei junge Männer sind draußen bei den Büschen und reden über das Wetter."
+    NAMED = {"source_lang": "en_GB", "target_lang": "de", "identify_languages": True}
+
+    def test_a_text_in_another_language_fails_and_a_short_one_does_not(self):
+        tests = text_tests(DataArguments(**self.NAMED))
+        source, target = "a source in another language than en_GB", "a target in another language than de"
+        for pair, fault in (
+            ((self.ENGLISH, self.GERMAN), None),
+            ((self.GERMAN, self.ENGLISH), source),
+            ((self.GERMAN, self.GERMAN), source),
+            ((self.ENGLISH, self.ENGLISH), target),
+            (("ja", "no"), None),
+            (("12", "34"), None),
+        ):
+            assert find_fault(tests, *pair) == fault
+
+    def test_training_leaves_them_out_and_evaluation_counts_them(self, tmp_path, caplog):
+        (tmp_path / "en").write_text(f"{self.ENGLISH}\n{self.ENGLISH}\n", encoding="utf-8")
+        (tmp_path / "de").write_text(f"{self.GERMAN}\n{self.ENGLISH}\n", encoding="utf-8")
+        files = [str(tmp_path / "en"), str(tmp_path / "de")]
+        pairs = load_pairs(DataArguments(train_file=files, test_file=files, **self.NAMED))
+        assert {split: len(rows) for split, rows in pairs.items()} == {"train": 1, "test": 2}
+        reason = "a target in another language than de"
+        assert f"test: 1 of 2 rows with {reason}, kept (first: row 2)" in caplog.text
+        assert f"1          2  {reason}" in caplog.text
+
+    def test_what_cannot_be_identified_is_named(self, monkeypatch):
+        with pytest.raises(DataError, match=r"target_lang=tlh is unknown to py3langid: it knows .*, de, .*"):
+            text_tests(DataArguments(target_lang="tlh", identify_languages=True))
+        with pytest.raises(DataError, match="identify_languages=True needs to know which they are"):
+            check_data(DataArguments(train_file=["a", "b"], identify_languages=True))
+        monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+        _identifier.cache_clear()
+        with pytest.raises(DataError, match="identify_languages: install py3langid"):
+            text_tests(DataArguments(**self.NAMED))

@@ -39,7 +39,7 @@ def test_help_lists_every_field():
     [
         (["--train_file", "missing.en", "missing.de"], "error: missing.en: no such file\n"),
         ([*PHRASEBOOK, "--vocab_size", "7"], "error: vocab_size=7 must be at least 260"),
-        ([*PHRASEBOOK, "--tokenizer_model", "words"], "error: tokenizer model='words' is unknown"),
+        ([*PHRASEBOOK, "--tokenizer_model", "syllables"], "error: tokenizer_model=syllables is unknown: choose one of"),
         ([*PHRASEBOOK, "--tokenizer", "some/one"], "error: tokenizer=some/one exists"),
     ],
 )

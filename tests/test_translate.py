@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import lzma
 import multiprocessing
 import os
 import random
@@ -120,6 +121,29 @@ def test_each_line_is_translated_as_if_it_were_alone_and_in_its_place(argv, fold
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "content"),
+    [
+        ("lines.xz", (), lzma.compress("ban\x85dor\u2028kit\r\n\r\nlus\x0b".encode())),
+        ("table.tsv", ("--source_column", "2"), "1\tban\x85dor\u2028kit\r\n\n2\t\r\n3\tlus\x0b".encode()),
+        (
+            "rows.jsonl",
+            ("--source_column", "a.en"),
+            "".join(json.dumps({"a": {"en": text}}) + "\n" for text in ("ban\x85dor\u2028kit", "", "lus\x0b")).encode(),
+        ),
+    ],
+)
+def test_one_translation_a_line_whatever_the_file(name, options, content, folder, tmp_path):
+    """A file's sources have the translations that they have in plain lines."""
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "plain").write_text("ban\x85dor\u2028kit\n\nlus\x0b\n", encoding="utf-8", newline="\n")
+    for file, extra in ((name, options), ("plain", ())):
+        SCRIPT.main([str(folder), "--input", str(tmp_path / file), "--output", str(tmp_path / f"{file}.out"), *extra])
+    found, expected = ((tmp_path / f"{file}.out").read_bytes() for file in (name, "plain"))
+    assert found == expected
+    assert found.count(b"\n") == 3
+
+
 def test_n_best_lists_and_score_columns_hold_what_generate_tells(folder, alone, tmp_path):
     options = ["--num_beams", 3, "--max_new_tokens", 3, "--window", 25]
     SCRIPT.main(command(folder, tmp_path, make_lines(60), *options, "--n_best", 3, name="best.txt"))
@@ -183,7 +207,8 @@ def test_memory_holds_two_windows_at_most(folder, tmp_path, monkeypatch):
             Line.held -= 1
 
     monkeypatch.setattr(
-        "vanilla_transformer.training.data.pairs.read_lines", lambda path: (Line(f"ban {i % 10}") for i in range(200))
+        "vanilla_transformer.training.data.reading.formats.read_lines",
+        lambda path: (Line(f"ban {i % 10}") for i in range(200)),
     )
     SCRIPT.main([*command(folder, tmp_path, [], *OPTIONS), "--window", "10"])
     assert len(written(tmp_path / "out.txt")) == 200

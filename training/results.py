@@ -7,6 +7,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, TrainerState
 
+from vanilla_transformer.tokenization_units import kind_of_tokens
+
 from .data.pairs import language_pair
 from .files import write_beside
 from .loop.stages import MixtureTrainer
@@ -99,6 +101,10 @@ def write_documents(
     write_beside(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
-    names = {"hub_model_id": recipe.training.hub_model_id, "base_model": given.get("model")}
+    names = {
+        "hub_model_id": recipe.training.hub_model_id,
+        "base_model": given.get("model"),
+        "tokens": kind_of_tokens(trainer.processing_class),
+    }
     card = model_card(model, language_pair(recipe.data), metrics, lasting(given), str(folder), **names)
     write_beside(folder / "README.md", str(card))

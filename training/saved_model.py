@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTr
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from vanilla_transformer import VanillaTransformerConfig  # importing it registers the Auto classes
+from vanilla_transformer.conversion.sentencepiece_model import from_sentencepiece
 from vanilla_transformer.engine_program import load_if_possible
 from vanilla_transformer.loading import refuse_nonfinite_weights, refuse_other_tokenizer
 
@@ -68,7 +69,8 @@ def read_model(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrained
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a folder or of a Hub name. No code in the folder is run.
+    The tokenizer of a folder, of a Hub name, or of a SentencePiece model (a file `.model`). No code in the folder is
+    run.
 
     Raises:
         UserError: the tokenizer is missing or damaged.
@@ -78,6 +80,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 def _tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
     try:
+        if folder.endswith(".model") and Path(folder).is_file():
+            return from_sentencepiece(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # The library tokenizers raises plain Exceptions.
     except Exception as error:

@@ -14,6 +14,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from vanilla_transformer import VanillaTransformerForConditionalGeneration
+from vanilla_transformer.tokenization_units import kind_of_tokens
 
 from .checks.inputs import check_inputs
 from .checks.plan import check_plan
@@ -103,8 +104,8 @@ def prepare(recipe: Recipe) -> Run:
     pairs, tokenizer, rows = prepare_data(recipe)
     model = build_model(recipe, tokenizer)
     logger.info(
-        "%d parameters, %d subwords, %s",
-        *(model.num_parameters(), len(tokenizer)),
+        "%d parameters, %d %s, %s",
+        *(model.num_parameters(), len(tokenizer), kind_of_tokens(tokenizer)),
         "training pairs from a stream" if recipe.data.streaming else counted(len(rows["train"]), "training pair"),
     )
     return Run(recipe, pairs, rows, tokenizer, model, checkpoint)

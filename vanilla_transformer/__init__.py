@@ -32,6 +32,7 @@ from .scoring import (
     to_pharaoh,
     word_alignment,
 )
+from .tokenization_units import VanillaTransformerUnitTokenizer, train_unit_tokenizer
 from .tokenization_vanilla_transformer import VanillaTransformerTokenizer, train_tokenizer
 
 
@@ -42,7 +43,8 @@ AutoModel.register(VanillaTransformerConfig, VanillaTransformerModel)
 AutoModelForSeq2SeqLM.register(VanillaTransformerConfig, VanillaTransformerForConditionalGeneration)
 # Registered by name, for AutoTokenizer. AutoTokenizer.register() would make it the tokenizer of all our models, and a
 # folder that brings the code of another tokenizer would no longer be refused.
-REGISTERED_TOKENIZER_CLASSES["VanillaTransformerTokenizer"] = VanillaTransformerTokenizer
+for _tokenizer in (VanillaTransformerTokenizer, VanillaTransformerUnitTokenizer):
+    REGISTERED_TOKENIZER_CLASSES[_tokenizer.__name__] = _tokenizer
 
 # transformers 5 dropped its translation pipeline, and rejects the task's name before it looks for a registered one.
 REMOVED_TASKS.pop("translation", None)
@@ -67,8 +69,10 @@ __all__ = [
     "VanillaTransformerModel",
     "VanillaTransformerPreTrainedModel",
     "VanillaTransformerTokenizer",
+    "VanillaTransformerUnitTokenizer",
     "minimum_bayes_risk",
     "to_pharaoh",
     "train_tokenizer",
+    "train_unit_tokenizer",
     "word_alignment",
 ]

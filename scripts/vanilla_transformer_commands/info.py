@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     """Loads the model and prints its properties, one per line."""
     arguments = build_parser().parse_args(argv)
     # Imported here to keep --help fast.
+    from vanilla_transformer.tokenization_units import kind_of_tokens
     from vanilla_transformer.training.machine import machine
     from vanilla_transformer.training.saved_model import load_model
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
         **{name: f"{getattr(config, ours)} + {getattr(config, theirs)}" for name, (ours, theirs) in SIZES.items()},
         "norms": "before the sub-layers" if config.normalize_before else "after the sub-layers, as in the paper",
         "positions": config.position_embedding_type,
-        "vocabulary": f"{len(tokenizer):,} subwords",
+        "vocabulary": f"{len(tokenizer):,} {kind_of_tokens(tokenizer)}",
         "decoding": ", ".join(f"{name}={decoding[name]}" for name in DECODING if decoding.get(name) is not None),
         "machine": machine(),
         **{f"engine, {kind}": engine_in_words(model, kind) for kind in COMPUTE_TYPES},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from vanilla_transformer.tokenization_units import kind_of_tokens
 from vanilla_transformer.training.data.pairs import load_pairs
 from vanilla_transformer.training.data.rows import learn_tokenizer, training_split
 from vanilla_transformer.training.errors import UserError
@@ -39,16 +40,17 @@ def main(argv: list[str]) -> None:
     # 2. the text
     train = training_split(load_pairs(data))
 
-    # 3. its subwords
+    # 3. its vocabulary
     tokenizer = learn_tokenizer(options, train)
 
     # 4. a folder for AutoTokenizer
     tokenizer.save_pretrained(Path(output.output_dir))
 
     # 5. what came of it
-    print(f"{len(tokenizer)} subwords from {counted(len(train), 'pair')}, saved in {output.output_dir}")
-    for text in train[0].values():
-        print("  " + " | ".join(split_text(tokenizer, text)))
+    pairs = counted(len(train), "pair")
+    print(f"{len(tokenizer)} {kind_of_tokens(tokenizer)} from {pairs}, saved in {output.output_dir}")
+    print("  " + " | ".join(split_text(tokenizer, text=train[0]["source"])))
+    print("  " + " | ".join(split_text(tokenizer, text_target=train[0]["target"])))
 
 
 def check(output: OutputArguments, options: TokenizerArguments) -> None:
@@ -62,7 +64,8 @@ def check(output: OutputArguments, options: TokenizerArguments) -> None:
         )
 
 
-def split_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """Splits `text` at its subwords."""
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [text[start:end].strip() for start, end in spans]
+def split_text(tokenizer: PreTrainedTokenizerBase, **text: str) -> list[str]:
+    """Splits a text, which is the source or the target, at its tokens."""
+    spans = tokenizer(**text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    (string,) = text.values()
+    return [string[start:end].strip() for start, end in spans]

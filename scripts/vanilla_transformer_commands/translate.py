@@ -33,7 +33,15 @@ def build_parser() -> CommandParser:
     """The options."""
     parser = CommandParser(__doc__)
     parser.add_argument("model", help="folder or Hub name of a trained model")
-    parser.add_argument("--input", default="-", help="text file, plain or .gz (default: standard input)")
+    parser.add_argument(
+        "--input",
+        default="-",
+        help="text file, plain or compressed (.gz, .xz, .zst, .bz2), or .tmx, .xlf, .po (default: standard input)",
+    )
+    parser.add_argument(
+        "--source_column",
+        help="column of the source, if --input is .tsv, .csv or .jsonl (without a header: its number)",
+    )
     parser.add_argument("--output", default="-", help="text file to write (default: standard output)")
     parser.add_argument(
         "--batch_tokens",
@@ -77,14 +85,16 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import PartialState
 
-    from vanilla_transformer.training.data.pairs import read_lines
+    from vanilla_transformer.training.data.reading.formats import read_sources
 
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     refuse_impossible(arguments, processes.num_processes)
     total = None
     if processes.is_main_process and os.path.isfile(arguments.input):
         # Reports faults of the file before anything is translated.
-        total = own_lines(sum(1 for _ in read_lines(arguments.input)), arguments.window, processes)
+        total = own_lines(
+            sum(1 for _ in read_sources(arguments.input, arguments.source_column)), arguments.window, processes
+        )
     translator = Translator(arguments, total, processes)
     # Closes the progress bar before any message, also before an error.
     with translator.progress:
@@ -171,9 +181,9 @@ class Translator:
 
     def lines(self) -> Iterator[list[str]]:
         """The windows of the input."""
-        from vanilla_transformer.training.data.pairs import read_lines
+        from vanilla_transformer.training.data.reading.formats import read_sources
 
-        return windows(read_lines(self.arguments.input), self.arguments.window)
+        return windows(read_sources(self.arguments.input, self.arguments.source_column), self.arguments.window)
 
     def translate(self, number: int, lines: list[str]) -> tuple[str, list[int]]:
         """

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
+from vanilla_transformer.tokenization_units import kind_of_tokens
 
 from ..findings import Finding, error, ok, warning
 from ..loop.checkpoints import DATA_NAME
@@ -75,8 +76,9 @@ def check_vocabulary(run: Run) -> Iterator[Finding]:
     special = {part: getattr(tokenizer, f"{part}_token_id") for part in ("pad", "bos", "eos", "unk")}
     numbers = ", ".join(f"{part} {number}" for part, number in special.items())
     asked = run.recipe.tokenizer.vocab_size
-    few = "" if run.recipe.tokenizer.tokenizer or len(tokenizer) >= asked else f" (the text has fewer than {asked:,})"
-    yield ok("vocabulary", f"{len(tokenizer):,} subwords{few}; {numbers}")
+    exact = run.recipe.tokenizer.tokenizer or run.recipe.tokenizer.units or len(tokenizer) >= asked
+    few = "" if exact else f" (the text has fewer than {asked:,})"
+    yield ok("vocabulary", f"{len(tokenizer):,} {kind_of_tokens(tokenizer)}{few}; {numbers}")
 
     highest = max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:

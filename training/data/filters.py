@@ -7,12 +7,14 @@ pairs), plus one for wrong encodings. Each test sees one pair, so streams can be
 import hashlib
 import re
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import ftfy
 import numpy as np
 from datasets import Dataset
 
+from ..errors import DataError
 from ..settings.arguments import DataArguments
 from ..words import counted
 
@@ -21,6 +23,9 @@ from ..words import counted
 Tests = dict[str, Callable[[Any, Any], bool]]
 
 CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"  # not tab, line feed, carriage return
+# At this probability py3langid took none of 6,000 lines of Multi30k for another language, and found 88 % of the English
+# lines where German was named.
+SURE = 0.9
 UNREADABLE = re.compile(f"\ufffd|{CONTROL}")
 
 
@@ -68,7 +73,43 @@ def text_tests(data: DataArguments) -> Tests:
         tests["identical sides"] = is_identical
     if data.drop_duplicates:
         tests["a pair that came before"] = Duplicates()
+    return tests | language_tests(data)
+
+
+def language_tests(data: DataArguments) -> Tests:
+    """
+    The tests of the languages of a pair, if `data` asks for them. py3langid identifies a language, 1 ms a text; a text
+    fails if another language than the named one has a probability of SURE.
+
+    Raises:
+        DataError: py3langid is not installed, or does not know a language.
+    """
+    languages = {"source": data.source_lang, "target": data.target_lang} if data.identify_languages else {}
+    tests: Tests = {}
+    for index, (side, code) in enumerate(languages.items()):
+        if code is None:
+            continue
+        language, known = re.split("[-_]", code)[0].lower(), _identifier().labels
+        if language not in known:
+            listed = ", ".join(sorted(known))
+            raise DataError(f"identify_languages: {side}_lang={code} is unknown to py3langid: it knows {listed}")
+        tests[f"a {side} in another language than {code}"] = partial(_is_in_another, index, language)
     return tests
+
+
+def _is_in_another(index: int, language: str, *pair: str) -> bool:
+    found, probability = _identifier().classify(pair[index])
+    return bool(found != language and probability >= SURE)
+
+
+@cache
+def _identifier() -> Any:
+    """The identifier of languages, which takes a second to load."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise DataError("identify_languages: install py3langid (pip install py3langid)") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def length_limits(data: DataArguments) -> Tests:

@@ -3,15 +3,10 @@
 Faults in the data raise a DataError that names the place, before anything is learned from it.
 """
 
-import csv
-import gzip
-import json
 import logging
 import os
 import re
-import reprlib
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -34,7 +29,18 @@ from ..settings.corpora import Corpus
 from ..settings.rules import check_data
 from ..words import counted
 from .encoding import WORDS, encode_pairs
-from .filters import FilterReport, Tests, filter_rows, is_empty, length_limits, ratio_limit, text_tests
+from .filters import (
+    FilterReport,
+    Tests,
+    filter_rows,
+    is_empty,
+    language_tests,
+    length_limits,
+    ratio_limit,
+    text_tests,
+)
+from .reading.formats import DOCUMENTS, read_rows, suffix_of
+from .reading.lines import read_parallel_lines
 from .transforms import PLANNED, transform_batch
 
 
@@ -48,42 +54,12 @@ SIDES = ("source", "target")
 PHRASEBOOK = "phrasebook:"
 # Without a validation split, at most every 20th training row and at most 1,000 rows are held out.
 LEAST_STEP, MOST_HELD_OUT = 20, 1000
+# A column of a `translation`, which may lie in another column.
+IN_TRANSLATION = re.compile(r"(?:.*\.)?translation\.[^.]+$")
 # Maximum characters of the names that a message lists.
 LISTED = 300
 # Compact: 32 bits per token; the default of `datasets` is 64.
 ENCODED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-
-
-def read_lines(path: str | Path) -> Iterator[str]:
-    """
-    Yields the lines of a UTF-8 text file, plain or .gz, without their ends. `-` is the standard input.
-
-    Only a line feed ends a line (`str.splitlines` would also break at U+2028 and others, and misalign parallel files).
-
-    Raises:
-        DataError: the file cannot be read, or holds bytes that are not UTF-8 (names the line).
-    """
-    try:
-        with _open_binary(path) as file:
-            for number, line in enumerate(file, 1):
-                # A byte order mark is no part of the text.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield text.removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        found = error.object[error.start]
-        raise DataError(f"{path}, line {number}: byte 0x{found:02x} is not UTF-8 ({error.reason})") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: the gzip file is damaged or cut off ({error})") from error
-    except FileNotFoundError:
-        raise DataError(missing(path, "file")) from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-
-
-def _open_binary(path: str | Path) -> Any:
-    if str(path) == "-":
-        return open(sys.stdin.fileno(), "rb", closefd=False)
-    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
 
 
 def expand_path(path: str, folder: str | None = None) -> Path:
@@ -148,6 +124,12 @@ def training_texts(pairs: Dataset | datasets.IterableDataset) -> Iterator[str]:
         yield from chain(batch["source"], batch["target"])
 
 
+def training_pairs(pairs: Dataset | datasets.IterableDataset) -> Iterator[tuple[str, str]]:
+    """Every source with its target, for train_unit_tokenizer."""
+    for batch in pairs.iter(batch_size=1000):
+        yield from zip(batch["source"], batch["target"], strict=True)
+
+
 def _in_memory(data: DataArguments) -> tuple[str, ...]:
     """The splits that are loaded into memory."""
     return SPLITS[1:] if data.streaming else SPLITS
@@ -179,109 +161,36 @@ def _load_files(data: DataArguments, splits: Sequence[str]) -> dict[str, Columns
     for path in chain(*paths.values()):
         if not path.exists():
             raise DataError(missing(path, "file"))
-    return {split: _load_split(split, found) for split, found in paths.items() if split in splits}
+    return {split: _load_split(split, found, data) for split, found in paths.items() if split in splits}
 
 
-def _load_split(split: str, paths: list[Path]) -> Columns:
+def _load_split(split: str, paths: list[Path], data: DataArguments) -> Columns:
     if len(paths) == 1:
-        return _load_table(paths[0])
+        return _load_table(paths[0], data.has_header)
     if len(paths) == 2:
         return _load_parallel_text(*paths)
     raise DataError(f"{split}_file names {len(paths)} files: give one data file, or two of parallel text")
 
 
 def _load_parallel_text(source: Path, target: Path) -> Columns:
-    sources, targets = list(read_lines(source)), list(read_lines(target))
-    if len(sources) != len(targets):
-        raise DataError(
-            f"{source} has {counted(len(sources), 'line')} and {target} has {len(targets)}: "
-            "line N of one must be the translation of line N of the other"
-        )
+    sources, targets = [], []
+    for text, translation in read_parallel_lines(source, target):
+        sources.append(text)
+        targets.append(translation)
     return {"source": sources, "target": targets}
 
 
-def _load_table(path: Path) -> Columns:
+def _load_table(path: Path, has_header: bool) -> Columns:
     if path.suffix == ".parquet":
         return _columns(read(path, datasets.load_dataset, "parquet", data_files=str(path), split="train"))
-    rows = [row for _, row in table_rows(path)]
+    first, rows = 0, []
+    for number, row in read_rows(path, has_header):
+        first = first or number
+        rows.append(row)
+    if rows and suffix_of(path) in DOCUMENTS and not any(row.get("target", True) for row in rows):
+        raise DataError(f"{path}, line {first}: not translated, as all {len(rows)} units of the file")
     names = dict.fromkeys(chain.from_iterable(rows))
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """
-    Yields the rows of a .jsonl, .json, .csv or .tsv file, plain or .gz, one by one, each with the number of its line.
-
-    Raises:
-        DataError: another kind of file, or a row that cannot be read (names the line).
-    """
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
-    if suffix in ("jsonl", "json"):
-        return _json_rows(path)
-    if suffix == "csv":
-        return _csv_rows(path, delimiter=",")
-    if suffix == "tsv":
-        # Here a quotation mark is text, as the media type has it (text/tab-separated-values, IANA).
-        return _csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-    raise DataError(
-        f"{path}: the suffix of a data file must be .jsonl, .json, .csv, .tsv or .parquet "
-        "(parallel text takes two files: source, then target)"
-    )
-
-
-def _csv_rows(path: Path, **form: Any) -> Iterator[tuple[int, dict[str, str]]]:
-    """
-    A first line of names, then rows. Every value is text.
-
-    `datasets` would convert numbers and read "NA" as missing, and its errors name no line.
-    """
-    reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True, **form)
-    try:
-        header = next(reader, [])
-        for row in filter(None, reader):
-            if len(row) != len(header):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {counted(len(row), 'value')}, under "
-                    f"{counted(len(header), 'column name')}"
-                )
-            yield reader.line_num, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def is_json_list(path: Path) -> bool:
-    """Whether a JSON file is one list, which may begin after blank lines, rather than a row on each line."""
-    return next((line for line in read_lines(path) if line.strip()), "").lstrip().startswith("[")
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """
-    One object per line, or one list of objects (which is read whole, and its objects numbered).
-
-    `datasets` would convert text that looks like a date, and its errors name no line.
-    """
-    rows: Iterable[tuple[int, Any]]
-    if is_json_list(path):
-        unit, rows = "row", enumerate(_parse_json("\n".join(read_lines(path)), path), 1)
-    else:
-        lines = enumerate(read_lines(path), 1)
-        unit, rows = "line", ((number, _parse_json(line, path, number)) for number, line in lines if line.strip())
-    for number, row in rows:
-        if not isinstance(row, dict):
-            found = reprlib.repr(row)
-            raise DataError(f"{path}, {unit} {number}: must be an object with a source and a target, not {found}")
-        if isinstance(row.get("translation"), dict):
-            row.update({f"translation.{language}": text for language, text in row.pop("translation").items()})
-        yield number, row
-
-
-def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {first_line + error.lineno - 1}: this is not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of lists in each other
-        raise DataError(f"{path}, line {first_line}: this cannot be read ({error})") from error
 
 
 def read(name: str | Path, load: Callable, *args: Any, **options: Any) -> Any:
@@ -318,7 +227,7 @@ def _clean(
         texts[name] = ["" if value is None else str(value) for value in columns[name][:limit]]
     features = Features({name: Value("string") for name in texts})
     pairs = read(split, Dataset.from_dict, texts, features=features)
-    tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty}
+    tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty} | language_tests(data)
     return _filter(pairs, tests, zip(sources, targets, strict=True), split, report)
 
 
@@ -340,8 +249,8 @@ def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple
     names: tuple[str | None, ...] = (data.source_lang, data.target_lang)
     if data.source_column or data.target_column:
         names = (data.source_column, data.target_column)
-    elif any(column.startswith("translation.") for column in columns):
-        names = tuple(language and f"translation.{language}" for language in names)
+    elif column := next(filter(IN_TRANSLATION.match, columns), None):
+        names = tuple(language and f"{column.rpartition('.')[0]}.{language}" for language in names)
     elif set(SIDES) <= set(columns):
         names = SIDES
     for side, name in zip(SIDES, names, strict=True):

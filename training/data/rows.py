@@ -9,20 +9,19 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer import train_tokenizer
+from vanilla_transformer import train_tokenizer, train_unit_tokenizer
 
 from ..errors import DataError, RecipeError, UserError
 from ..saved_model import load_tokenizer
 from ..settings.arguments import TokenizerArguments
 from ..settings.corpora import Corpus
 from ..settings.recipe import Recipe
-from ..words import counted
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .corpora import join_streams, join_texts, load_corpora, load_held_out, open_corpus, tokenize_corpora
 from .epochs import EpochRows
 from .filters import FilterReport
 from .mixture import MixedRows, weights_by_size
-from .pairs import hold_out, load_pairs, tokenize_pairs, training_texts
+from .pairs import hold_out, load_pairs, tokenize_pairs, training_pairs, training_texts
 from .streamed_mixture import MixedBatches
 from .streaming import VOCABULARY_ROWS, StreamedBatches
 from .transformed_rows import TransformedRows
@@ -132,10 +131,14 @@ def learn_tokenizer(args: TokenizerArguments, train: Dataset | IterableDataset) 
     """
     if isinstance(train, IterableDataset):
         train = train.take(VOCABULARY_ROWS)
-        logger.info("learning %d subwords from at most %d pairs", args.vocab_size, VOCABULARY_ROWS)
+        count = f"at most {VOCABULARY_ROWS}"
     else:
-        logger.info("learning %d subwords from %s", args.vocab_size, counted(len(train), "pair"))
+        count = str(len(train))
     try:
+        if args.units:
+            logger.info("learning a vocabulary of units from %s pairs: source %s, target %s", count, *args.units)
+            return train_unit_tokenizer(training_pairs(train), args.vocab_size, *args.units)
+        logger.info("learning %d subwords from %s pairs", args.vocab_size, count)
         return train_tokenizer(training_texts(train), args.vocab_size, args.tokenizer_model, args.pretokenized)
     except UserError:
         raise

@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, repeat, zip_longest
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,22 +29,14 @@ from vanilla_transformer.loading import text_fault
 from ..errors import DataError, UserError
 from ..settings.arguments import DataArguments
 from ..settings.corpora import Corpus, naming
-from ..words import counted
 from .batching import TokenBudgetBatches
 from .encoding import encode_pairs
 from .epochs import SIDES_OF_IDS
 from .filters import Tests, find_fault, length_limits, ratio_limit, text_tests
-from .pairs import (
-    SIDES,
-    choose_columns,
-    expand_path,
-    is_json_list,
-    read,
-    read_lines,
-    refuse_missing,
-    require_eos,
-    table_rows,
-)
+from .pairs import SIDES, choose_columns, expand_path, read, refuse_missing, require_eos
+from .reading.formats import read_rows
+from .reading.lines import read_parallel_lines
+from .reading.tables import flat, is_json_list
 from .transforms import transform_batch
 
 
@@ -107,27 +99,21 @@ def parallel_pairs(source: Path, target: Path) -> Iterator[dict[str, str]]:
     Yields the lines of two files side by side.
 
     Raises:
-        DataError: one file ends before the other.
+        DataError: one file has more lines than the other.
     """
-    for number, pair in enumerate(zip_longest(read_lines(source), read_lines(target)), 1):
-        for path, text in zip((source, target), pair, strict=True):
-            if text is None:
-                raise DataError(
-                    f"{path} ends after {counted(number - 1, 'line')}, and the other goes on: "
-                    f"line N of {source} must be the translation of line N of {target}"
-                )
+    for pair in read_parallel_lines(source, target):
         yield dict(zip(SIDES, pair, strict=True))
 
 
 def table_pairs(path: Path, data: DataArguments, others: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
     """
-    Yields the pairs of a file that table_rows reads.
+    Yields the pairs of a file that read_rows reads.
 
     Raises:
         DataError: a source, target or other column is missing, or a source or target is not text.
     """
     names: tuple[str, ...] = ()
-    for number, row in table_rows(path):
+    for number, row in read_rows(path, data.has_header):
         place = f"{path}, line {number}"
         names = names or choose_columns(list(row), place, data)
         yield _pair(row, names, place, others)
@@ -135,8 +121,7 @@ def table_pairs(path: Path, data: DataArguments, others: tuple[str, ...] = ()) -
 
 def _pairs_of(rows: IterableDataset, place: str, data: DataArguments, others: tuple[str, ...]) -> IterableDataset:
     def pair(row: dict[str, Any]) -> dict[str, str]:
-        nested = {name: value for name, value in row.items() if isinstance(value, dict)}
-        row |= {f"{name}.{inner}": text for name, value in nested.items() for inner, text in value.items()}
+        row = flat(row)
         return _pair(row, choose_columns(list(row), place, data), place, others)
 
     return rows.map(pair).select_columns([*SIDES, *others])

@@ -28,6 +28,7 @@ def model_card(
     model_path: str,
     hub_model_id: str | None = None,
     base_model: str | None = None,
+    tokens: str = "subwords",
 ) -> ModelCard:
     """
     Fills the template in model_cards/ from a run.
@@ -40,6 +41,7 @@ def model_card(
         model_path: what to pass to `from_pretrained`.
         hub_model_id: the model's name on the Hub, if it is known. A push writes the final name.
         base_model: the folder or Hub name of the model that the run trained further, if any.
+        tokens: what the tokens of the vocabulary are.
     """
     scores, data_name = metrics["scores"], metrics["data_name"]
     results = [
@@ -75,6 +77,7 @@ def model_card(
         model_path=model_path,
         hub_model_id=hub_model_id or f"NAME/{name}",
         base_model=base_model,
+        tokens=tokens,
         **metrics,
     )
 

@@ -12,6 +12,8 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
+from vanilla_transformer.tokenization_units import UNITS
+
 from . import rules
 
 
@@ -71,18 +73,44 @@ class ModelArguments:
 
 @dataclass
 class TokenizerArguments:
-    """The subword vocabulary: an existing tokenizer, or one learned from the training data."""
+    """The vocabulary: an existing tokenizer, or one learned from the training data."""
 
     tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or Hub name of a tokenizer (default: learn one from the training data)"}
+        default=None,
+        metadata={
+            "help": "folder or Hub name of a tokenizer, or a SentencePiece model, a file *.model (default: learn one)"
+        },
     )
-    tokenizer_model: str = field(default="bpe", metadata={"help": "type of tokenizer to learn: bpe or unigram"})
+    tokenizer_model: str = field(
+        default="bpe",
+        metadata={
+            "help": "what to learn: bpe or unigram (subwords), characters, or words (units that the text separates by "
+            "spaces, such as phones)"
+        },
+    )
+    target_tokenizer_model: str | None = field(
+        default=None,
+        metadata={"help": "the same for the target, if it is the other one of characters and words"},
+    )
     vocab_size: int = field(
-        default=37000, metadata={"help": "number of subwords to learn (paper: about 37,000, section 5.1)"}
+        default=37000,
+        metadata={
+            "help": "number of subwords to learn (paper: about 37,000, section 5.1); of characters and words at most"
+        },
     )
     pretokenized: bool = field(
         default=False, metadata={"help": "the text is already tokenised: white space separates its words"}
     )
+
+    def __post_init__(self):
+        rules.check_tokenizer(self)
+
+    @property
+    def units(self) -> tuple[str, str] | None:
+        """The units of source and target, "characters" or "words"; None for subwords."""
+        if self.tokenizer_model not in UNITS:
+            return None
+        return self.tokenizer_model, self.target_tokenizer_model or self.tokenizer_model
 
 
 @dataclass
@@ -90,8 +118,8 @@ class DataArguments:
     """
     The parallel text: `dataset`, or files. Paths may contain environment variables ($NAME).
 
-    Each split takes one data file (.jsonl, .json, .csv or .tsv, plain or .gz, or .parquet), or two parallel text files,
-    source then target (plain or .gz).
+    Each split takes one data file (.jsonl, .json, .csv, .tsv, .parquet, .tmx, .xliff, .po or WMT's .xml), or two
+    parallel text files, source then target. All but .parquet may be compressed (.gz, .xz, .bz2, .zst).
     """
 
     dataset: str | None = field(
@@ -112,8 +140,14 @@ class DataArguments:
     target_lang: str | None = field(
         default=None, metadata={"help": "language code of the target (also its key in a `translation` column)"}
     )
-    source_column: str | None = field(default=None, metadata={"help": "column of the source text"})
-    target_column: str | None = field(default=None, metadata={"help": "column of the target text"})
+    source_column: str | None = field(
+        default=None,
+        metadata={"help": "column of the source text; without a header in .tsv and .csv, its number from 1"},
+    )
+    target_column: str | None = field(
+        default=None,
+        metadata={"help": "column of the target text; without a header in .tsv and .csv, its number from 1"},
+    )
     data_name: str | None = field(default=None, metadata={"help": "name of the data in the model card"})
     max_source_length: int = field(
         default=256, metadata={"help": "skip training rows with more source tokens; the log says how many"}
@@ -133,6 +167,10 @@ class DataArguments:
     )
     drop_bad_encoding: bool = field(
         default=False, metadata={"help": "skip training rows decoded with the wrong encoding (e.g. Ã¼ for ü)"}
+    )
+    identify_languages: bool = field(
+        default=False,
+        metadata={"help": "skip training rows in another language than source_lang or target_lang (by py3langid)"},
     )
     bpe_dropout: float = field(
         default=0.0,
@@ -155,6 +193,11 @@ class DataArguments:
         for name in ("train_file", "validation_file", "test_file"):
             if isinstance(files := getattr(self, name), str):
                 setattr(self, name, [files])
+
+    @property
+    def has_header(self) -> bool:
+        """Whether .csv and .tsv files begin with the names of their columns, rather than have them by number."""
+        return not ((self.source_column or "").isdecimal() and (self.target_column or "").isdecimal())
 
 
 @dataclass

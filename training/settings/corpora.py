@@ -22,7 +22,7 @@ CORPUS_FIELDS = (
     *("train_file", "dataset", "dataset_config", "data_dir", "max_train_samples", "phrasebook_size"),
     *("source_lang", "target_lang", "source_column", "target_column"),
     *("max_source_length", "max_target_length", "max_length_ratio"),
-    *("drop_duplicates", "drop_identical", "drop_bad_encoding"),
+    *("drop_duplicates", "drop_identical", "drop_bad_encoding", "identify_languages"),
 )
 # Fields that say where a corpus is. A run may be resumed with others: its data is compared by content.
 PLACES = ("train_file", "dataset", "data_dir")

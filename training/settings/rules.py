@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
+from vanilla_transformer.tokenization_units import UNITS
+from vanilla_transformer.tokenization_vanilla_transformer import TOKENIZER_MODELS
+
 from ..errors import DataError, RecipeError, UserError, message_of
 from ..findings import Finding, error, warning
 from .options import plain
 
 
 if TYPE_CHECKING:
-    from .arguments import DataArguments, TrainingArguments
+    from .arguments import DataArguments, TokenizerArguments, TrainingArguments
     from .recipe import Recipe
 
 # A field, whether its value is refused, and why: words that continue `field=value`.
@@ -164,6 +167,32 @@ def check_stream(data: DataArguments, training: TrainingArguments) -> None:
     refuse(vars(training) | vars(data), _rules_of_streams(data, training))
 
 
+def check_tokenizer(tokenizer: TokenizerArguments) -> None:
+    """
+    Checks the fields of the vocabulary to learn. train_tokenizer checks its size.
+
+    Raises:
+        RecipeError: a value is unknown, the sides cannot have these vocabularies, or a field would have no effect.
+    """
+    model, target = tokenizer.tokenizer_model, tokenizer.target_tokenizer_model
+    known = (*TOKENIZER_MODELS, *UNITS)
+    rules: list[Rule] = [
+        ("tokenizer_model", model not in known, f"is unknown: choose one of {', '.join(known)}"),
+        (
+            "target_tokenizer_model",
+            target is not None and not {model, target} <= set(UNITS),
+            f"and tokenizer_model={model} do not go together: both must be {' or '.join(UNITS)}, since subwords are "
+            "learned from both sides at once",
+        ),
+        (
+            "pretokenized",
+            tokenizer.pretokenized and model in UNITS,
+            f"is for subwords, but tokenizer_model={model}: leave it out",
+        ),
+    ]
+    refuse(vars(tokenizer), rules)
+
+
 def _rules_of_streams(data: DataArguments, training: TrainingArguments) -> Iterator[Rule]:
     """What streaming excludes."""
     budget = training.per_device_train_batch_tokens
@@ -212,6 +241,11 @@ def check_data(data: DataArguments) -> None:
     ratio = data.max_length_ratio
     rules: list[Rule] = [
         ("bpe_dropout", not 0 <= data.bpe_dropout <= 1, "must lie between 0 and 1: it is a probability"),
+        (
+            "identify_languages",
+            data.identify_languages and not (data.source_lang or data.target_lang),
+            "needs to know which they are: name them by source_lang and target_lang",
+        ),
         (
             "max_length_ratio",
             ratio is not None and not ratio >= 1,

@@ -473,6 +473,26 @@ def character_tokenizer(tokens: list[str], unknown: str, space: str) -> Tokenize
     return tokenizer
 
 
+def read_sentencepiece(path: str | Path) -> Any:
+    """
+    A sentencepiece model, as protobuf reads it.
+
+    Raises:
+        ValueError: the file is not such a model.
+        ImportError: protobuf is not installed.
+    """
+    # Imported here, because other conversions do not need it.
+    from google.protobuf.message import DecodeError
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    spm = import_protobuf().ModelProto()
+    try:
+        spm.ParseFromString(Path(path).read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
+    return spm
+
+
 def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[str], unknown: str) -> Tokenizer:
     """
     Splits as a sentencepiece model does, and looks the pieces up in a vocabulary of another order.
@@ -487,25 +507,22 @@ def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[st
         ValueError: the file is not such a model, or has a feature that `tokenizers` lacks. The message says which.
         ImportError: protobuf is not installed.
     """
-    # Imported here, because other conversions do not need it.
-    from google.protobuf.message import DecodeError
-    from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
+    from transformers.convert_slow_tokenizer import generate_merges
 
-    definitions = import_protobuf()
-    spm, kinds = definitions.ModelProto(), definitions.ModelProto.SentencePiece
-    try:
-        spm.ParseFromString(Path(path).read_bytes())
-    except DecodeError as error:
-        raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
-    if any(piece.type in (kinds.USER_DEFINED, kinds.BYTE) for piece in spm.pieces):
-        raise ValueError(f"{path} has user-defined or byte pieces, which are not supported")
+    spm = read_sentencepiece(path)
+    kinds, types = type(spm).SentencePiece, type(spm.trainer_spec)
+    if own := [piece.piece for piece in spm.pieces if piece.type == kinds.USER_DEFINED]:
+        raise ValueError(f"{path} has user-defined pieces such as {own[0]!r}, which are not supported")
+    to_bytes = spm.trainer_spec.byte_fallback
     scores = {piece.piece: piece.score for piece in spm.pieces if piece.type == kinds.NORMAL}
-    model_type, types = spm.trainer_spec.model_type, definitions.TrainerSpec
+    model_type = spm.trainer_spec.model_type
     allowed = set(usable)
     tokens = [token if token in allowed else f"{TARGET_ONLY}{token}" for token in tokens]
     ids = {token: number for number, token in enumerate(tokens)}
     if model_type == types.UNIGRAM:
-        tokenizer = Tokenizer(models.Unigram([(token, scores.get(token, UNUSED)) for token in tokens], ids[unknown]))
+        tokenizer = Tokenizer(
+            models.Unigram([(token, scores.get(token, UNUSED)) for token in tokens], ids[unknown], to_bytes)
+        )
     elif model_type == types.BPE:
         if absent := sorted(scores.keys() - allowed):
             raise ValueError(
@@ -514,7 +531,7 @@ def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[st
             )
         order = {piece.piece: number for number, piece in enumerate(spm.pieces)}
         merges = generate_merges(order, list(scores.items()))
-        tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True))
+        tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=to_bytes))
     else:
         raise ValueError(f"{path} is a sentencepiece model of another type than unigram and bpe")
     rules = spm.normalizer_spec
@@ -527,6 +544,6 @@ def sentencepiece_tokenizer(path: str | Path, tokens: list[str], usable: list[st
     prepend = "always" if rules.add_dummy_prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(TARGET_ONLY, ""), decoders.Metaspace(prepend_scheme=prepend)]
+        [decoders.Replace(TARGET_ONLY, ""), decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend)]
     )
     return tokenizer

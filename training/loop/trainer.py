@@ -28,6 +28,7 @@ from .checkpoints import CheckpointError
 from .r_drop import symmetric_divergence
 from .streaming_trainer import StreamingTrainer
 
+from .simcut import cut_batch, cutting, divergence
 
 class TranslationTrainer(StreamingTrainer):
     """
@@ -144,17 +145,24 @@ class TranslationTrainer(StreamingTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; in training with `r_drop_alpha`, the loss of R-Drop (r_drop.py)."""
+        """The model's own loss; in training, R-Drop or SimCut may be added (r_drop.py, simcut.py)."""
         # In evaluation, the mean over the process's own tokens. `prediction_step` turns it into a sum.
         num_items_in_batch = num_items_in_batch if model.training else None
-        if not (self.args.r_drop_alpha and model.training):
+        args = self.args
+        if not (model.training and (args.r_drop_alpha or args.simcut_alpha)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        twice = {name: torch.cat([value, value]) for name, value in inputs.items()} | {"return_logits": True}
-        loss, outputs = super().compute_loss(model, twice, True, 2 * num_items_in_batch)
+        if args.r_drop_alpha:
+            twice = {name: torch.cat([value, value]) for name, value in inputs.items()} | {"return_logits": True}
+            loss, outputs = super().compute_loss(model, twice, True, 2 * num_items_in_batch)
+            weight, compared = args.r_drop_alpha / 2, symmetric_divergence(outputs.logits, inputs["labels"])
+        else:
+            twice, kept = cut_batch(inputs, self.model.config, args.simcut_p)
+            with cutting(model, kept):
+                loss, outputs = super().compute_loss(model, twice, True, num_items_in_batch)
+            weight, compared = args.simcut_alpha, divergence(outputs.logits, inputs["labels"])
         # As in the stock loss: DDP averages over the processes, but the tokens were counted over all of them.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        divergence = processes * symmetric_divergence(outputs.logits, inputs["labels"]) / num_items_in_batch
-        loss = loss + self.args.r_drop_alpha / 2 * divergence
+        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1
+        loss = loss + weight * (processes * compared / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(

@@ -280,6 +280,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     # transformers' parser would make a bool of it.
     include_num_input_tokens_seen: str = field(
         default="no",
+    simcut_alpha: float = field(
+        default=0.0,
+        metadata={"help": "SimCut: weight of the divergence from a pass with some tokens cut out (Gao et al.: 3)"},
+    )
+    simcut_p: float = field(default=0.05, metadata={"help": "SimCut: probability that a token is cut out"})
         metadata={"help": "log the number of source tokens seen so far", "choices": ["all", "non_padding", "no"]},
     )
     # HfArgumentParser needs None first.

@@ -64,8 +64,8 @@ CHECKPOINTING = {"every_n_layers": range(1, 1000), "offload": (True, False), "us
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda n: n >= 0,
-        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha dataloader_num_workers "
-        "eval_delay save_total_limit neftune_noise_alpha",
+        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha simcut_alpha "
+        "dataloader_num_workers eval_delay save_total_limit neftune_noise_alpha",
     ),
     "above 0": (lambda n: n > 0, "num_train_epochs logging_steps eval_steps save_steps mixing_temperature"),
     "at least 1": (
@@ -77,7 +77,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         "torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
     ),
     "at least 2, the start of the target included": (lambda n: n >= 2, "generation_max_length"),
-    "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2"),
+    "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2 simcut_p"),
     "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
     "at least 1, or -1 to count epochs (num_train_epochs)": (lambda n: n >= 1 or n == -1, "max_steps"),
     "between 0 and 2**32 - 1": (lambda n: 0 <= n < 2**32, "seed data_seed"),
@@ -388,6 +388,7 @@ def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
     return [
         (
             "average_checkpoints",
+            *_rules_of_regularisers(args),
             mean and limit and mean > limit,
             f"is more than the checkpoints that are kept: raise save_total_limit={limit} to at least as many",
         ),
@@ -403,6 +404,18 @@ def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
             f"and ema_decay={args.ema_decay} both average the weights: leave one of them out",
         ),
         (
+def _rules_of_regularisers(args: TrainingArguments) -> list[Rule]:
+    """R-Drop and SimCut both compare two passes."""
+    return [
+        (
+            "simcut_alpha",
+            args.simcut_alpha and args.r_drop_alpha,
+            f"does not go with r_drop_alpha={args.r_drop_alpha:g}: both compare two passes of each batch; leave one of "
+            "them out",
+        ),
+    ]
+
+
             "average_checkpoints",
             mean and args.lora_rank,
             f"needs whole models, but checkpoints with lora_rank={args.lora_rank} hold adapters only: leave it out, or "

@@ -11,7 +11,7 @@ import yaml
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer.training.data.pairs import load_pairs
-from vanilla_transformer.training.errors import DataError, RecipeError
+from vanilla_transformer.training.errors import DataError, RecipeError, UserError
 from vanilla_transformer.training.evaluate import EvaluationArguments
 from vanilla_transformer.training.settings import recipe as reading
 from vanilla_transformer.training.settings.arguments import DataArguments, ModelArguments
@@ -215,10 +215,20 @@ def test_a_bleu_tokenizer_that_cannot_be_used_is_refused_before_anything_is_trai
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_tokens": 0}, {"num_beams": 0}, {"length_penalty": math.nan}, {"bleu_tokenize": "14a"}]
+    "wrong",
+    [
+        {"batch_tokens": 0},
+        {"num_beams": 0},
+        {"length_penalty": math.nan},
+        {"bleu_tokenize": "14a"},
+        {"metrics": ["bleu", "blue"]},
+        {"metrics": []},
+        {"differences_file": "rows.tsv"},
+        {"differences_file": "rows.txt", "compare": ["other"]},
+    ],
 )
 def test_an_evaluation_is_refused_likewise(wrong):
-    with pytest.raises(RecipeError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         EvaluationArguments(**wrong)
 
 

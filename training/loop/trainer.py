@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ from vanilla_transformer.network_loss import IGNORE_INDEX
 from ..data.batching import TokenBudgetBatches, token_budget
 from ..data.epochs import EpochRows
 from ..errors import RecipeError
+from ..metric_names import DEFAULT_METRICS
 from ..metrics import TranslationMetrics, numbers
 from ..publishing.hub import create_repository, push_checkpoint, push_run
 from ..settings.rules import check_sharding
 from .averaging import ExponentialMean
 from .checkpoints import CheckpointError
 from .r_drop import symmetric_divergence
+from .simcut import cut_batch, cutting, divergence
 from .streaming_trainer import StreamingTrainer
 
-from .simcut import cut_batch, cutting, divergence
 
 class TranslationTrainer(StreamingTrainer):
     """
@@ -278,9 +280,9 @@ class TranslationTrainer(StreamingTrainer):
         self.push_in_progress = PushInProgress([*under_way, job])
 
 
-def score_translations(tokenizer, bleu_tokenize: str):
+def score_translations(tokenizer, bleu_tokenize: str, metrics: Sequence[str] = DEFAULT_METRICS):
     """Returns the `compute_metrics` for a Trainer: it decodes generated and true ids, and scores the text."""
-    metrics = TranslationMetrics()
+    scorer = TranslationMetrics()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         rows = (prediction.label_ids != IGNORE_INDEX).any(axis=1)  # the other rows only pad a process's batch
@@ -288,6 +290,8 @@ def score_translations(tokenizer, bleu_tokenize: str):
             tokenizer.batch_decode(ids[rows].clip(min=0), skip_special_tokens=True)  # -100 (padding) becomes pad
             for ids in (prediction.predictions, prediction.label_ids)
         ]
-        return numbers(metrics.compute(predictions=texts[0], references=texts[1], tokenize=bleu_tokenize))
+        predictions, references = texts
+        scores = scorer.compute(predictions=predictions, references=references, tokenize=bleu_tokenize, metrics=metrics)
+        return numbers(scores)
 
     return compute_metrics

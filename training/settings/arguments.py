@@ -12,6 +12,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
+from ..metric_names import DEFAULT_METRICS, METRICS
 from . import rules
 
 
@@ -91,7 +92,7 @@ class DataArguments:
     The parallel text: `dataset`, or files. Paths may contain environment variables ($NAME).
 
     Each split takes one data file (.jsonl, .json, .csv or .tsv, plain or .gz, or .parquet), or two parallel text files,
-    source then target (plain or .gz).
+    source then target (plain or .gz). Test text may have several references: source, then each of them.
     """
 
     dataset: str | None = field(
@@ -105,7 +106,9 @@ class DataArguments:
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "validation data, to choose the best model"}
     )
-    test_file: list[str] | None = field(default=None, metadata={"help": "test data, for the final score"})
+    test_file: list[str] | None = field(
+        default=None, metadata={"help": "test data, for the final score; text may have several references"}
+    )
     source_lang: str | None = field(
         default=None, metadata={"help": "language code of the source (also its key in a `translation` column)"}
     )
@@ -114,6 +117,10 @@ class DataArguments:
     )
     source_column: str | None = field(default=None, metadata={"help": "column of the source text"})
     target_column: str | None = field(default=None, metadata={"help": "column of the target text"})
+    group_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "test column(s), e.g. of the corpus or the languages: each value gets a score of its own"},
+    )
     data_name: str | None = field(default=None, metadata={"help": "name of the data in the model card"})
     max_source_length: int = field(
         default=256, metadata={"help": "skip training rows with more source tokens; the log says how many"}
@@ -151,10 +158,10 @@ class DataArguments:
     phrasebook_size: int = field(default=50_000, metadata={"help": "number of training phrases in the phrasebook"})
 
     def __post_init__(self):
-        # In a recipe, one file needs no list.
-        for name in ("train_file", "validation_file", "test_file"):
-            if isinstance(files := getattr(self, name), str):
-                setattr(self, name, [files])
+        # In a recipe, one file or column needs no list.
+        for name in ("train_file", "validation_file", "test_file", "group_column"):
+            if isinstance(values := getattr(self, name), str):
+                setattr(self, name, [values])
 
 
 @dataclass
@@ -196,6 +203,10 @@ class DecodingArguments:
     )
     bleu_tokenize: str = field(
         default="13a", metadata={"help": "sacrebleu's tokenizer for BLEU; none for text that is already tokenised"}
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: list(DEFAULT_METRICS),
+        metadata={"help": f"scores to compute: {', '.join(METRICS)} (docs/evaluation.md)"},
     )
 
     def __post_init__(self):
@@ -269,6 +280,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "R-Drop: weight of the divergence between two passes with different dropout (Wu et al.: 5)"},
     )
+    simcut_alpha: float = field(
+        default=0.0,
+        metadata={"help": "SimCut: weight of the divergence from a pass with some tokens cut out (Gao et al.: 3)"},
+    )
+    simcut_p: float = field(default=0.05, metadata={"help": "SimCut: probability that a token is cut out"})
     lora_rank: int | None = field(
         default=None,
         metadata={"help": "train LoRA adapters of this rank on a frozen model, and merge them at the end"},
@@ -280,11 +296,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     # transformers' parser would make a bool of it.
     include_num_input_tokens_seen: str = field(
         default="no",
-    simcut_alpha: float = field(
-        default=0.0,
-        metadata={"help": "SimCut: weight of the divergence from a pass with some tokens cut out (Gao et al.: 3)"},
-    )
-    simcut_p: float = field(default=0.05, metadata={"help": "SimCut: probability that a token is cut out"})
         metadata={"help": "log the number of source tokens seen so far", "choices": ["all", "non_padding", "no"]},
     )
     # HfArgumentParser needs None first.

@@ -19,6 +19,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..errors import DataError, RecipeError, UserError, message_of
 from ..findings import Finding, error, warning
+from ..metric_names import METRICS
 from .options import plain
 
 
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 Rule = tuple[str, Any, str]
 
 # The metrics that can choose the best checkpoint -> whether higher is better.
-BEST_METRICS = {"bleu": True, "chrf": True, "ter": False, "exact_match": True, "loss": False, "perplexity": False}
+BEST_METRICS = {name: metric.higher_is_better for name, metric in METRICS.items()} | {
+    "loss": False,
+    "perplexity": False,
+}
 
 # Options of transformers that would break a run or have no effect -> why. They must keep their defaults.
 REFUSED = {
@@ -127,6 +131,7 @@ def check_recipe(recipe: Recipe) -> None:
         RecipeError: two fields exclude each other.
     """
     model, tokenizer, data, training = recipe.model, recipe.tokenizer, recipe.data, recipe.training
+    decoding = recipe.decoding
     check_numbers(recipe.mixture)
     rules: list[Rule] = [
         (
@@ -138,6 +143,11 @@ def check_recipe(recipe: Recipe) -> None:
             "lora_rank",
             training.lora_rank and not model.model,
             "adapts an existing model: name it by model, or leave it out",
+        ),
+        (
+            "metric_for_best_model",
+            training.eval_strategy != "no" and training.deciding_metric in {*METRICS} - {*decoding.metrics},
+            f"is not computed: choose one of metrics={' '.join(decoding.metrics)}, or add it there",
         ),
     ]
     if data.streaming:
@@ -226,11 +236,23 @@ def check_decoding(arguments: Any) -> None:
     Checks the fields of decoding and scoring, in DecodingArguments or EvaluationArguments.
 
     Raises:
-        RecipeError: a number is outside its limits, or sacrebleu has no such tokenizer.
+        RecipeError: a number is outside its limits, sacrebleu has no such tokenizer, or a metric is unknown.
     """
     check_numbers(arguments)
     if arguments.bleu_tokenize is not None:
         check_bleu_tokenizer(arguments.bleu_tokenize)
+    if arguments.metrics is not None:
+        check_metrics(arguments.metrics)
+
+
+def check_metrics(names: list[str]) -> None:
+    """
+    Raises:
+        RecipeError: a metric is unknown, or there is none.
+    """
+    for name in names or [""]:
+        if name not in METRICS:
+            raise RecipeError(f"metrics={name} is unknown: choose among {', '.join(METRICS)}")
 
 
 def check_bleu_tokenizer(name: str) -> None:
@@ -367,6 +389,7 @@ def check_training(args: TrainingArguments) -> None:
         vars(args),
         [
             *_rules_of_endings(args),
+            *_rules_of_regularisers(args),
             ("fsdp", args.fsdp and args.world_size == 1, f"{several}launch (docs/distributed.md)"),
         ],
     )
@@ -382,13 +405,24 @@ def check_training(args: TrainingArguments) -> None:
     refuse(vars(args), [("hub_strategy", pickles, f"would push the optimizer's state and other pickles: {remedy}")])
 
 
+def _rules_of_regularisers(args: TrainingArguments) -> list[Rule]:
+    """R-Drop and SimCut both compare two passes."""
+    return [
+        (
+            "simcut_alpha",
+            args.simcut_alpha and args.r_drop_alpha,
+            f"does not go with r_drop_alpha={args.r_drop_alpha:g}: both compare two passes of each batch; leave one of "
+            "them out",
+        ),
+    ]
+
+
 def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
     """Fields that contradict each other about the run's final weights."""
     mean, limit = args.average_checkpoints, args.save_total_limit
     return [
         (
             "average_checkpoints",
-            *_rules_of_regularisers(args),
             mean and limit and mean > limit,
             f"is more than the checkpoints that are kept: raise save_total_limit={limit} to at least as many",
         ),
@@ -404,18 +438,6 @@ def _rules_of_endings(args: TrainingArguments) -> list[Rule]:
             f"and ema_decay={args.ema_decay} both average the weights: leave one of them out",
         ),
         (
-def _rules_of_regularisers(args: TrainingArguments) -> list[Rule]:
-    """R-Drop and SimCut both compare two passes."""
-    return [
-        (
-            "simcut_alpha",
-            args.simcut_alpha and args.r_drop_alpha,
-            f"does not go with r_drop_alpha={args.r_drop_alpha:g}: both compare two passes of each batch; leave one of "
-            "them out",
-        ),
-    ]
-
-
             "average_checkpoints",
             mean and args.lora_rank,
             f"needs whole models, but checkpoints with lora_rank={args.lora_rank} hold adapters only: leave it out, or "

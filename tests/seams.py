@@ -82,6 +82,13 @@ OVERRIDDEN = {
     "argparse.ArgumentParser": {
         "error(self, message)": "one line, without the usage",
     },
+    "sacrebleu.metrics.base.Metric": {
+        "_preprocess_segment(self, sent)": "how sacrebleu is told of a metric",
+        "_extract_reference_info(self, refs)": "how sacrebleu is told of a metric",
+        "_compute_segment_statistics(self, hypothesis, ref_kwargs)": "how sacrebleu is told of a metric",
+        "_compute_score_from_stats(self, stats)": "how sacrebleu is told of a metric",
+        "_aggregate_and_compute(self, stats)": "how sacrebleu is told of a metric",
+    },
     "evaluate.Metric": {
         "_info(self)": "defines a metric for evaluate",
         "_compute(self, *, predictions=None, references=None, **kwargs)": "defines a metric for evaluate",
@@ -192,6 +199,7 @@ USED = {
     "negative_prompt_ids=None, negative_prompt_attention_mask=None)": "makes transformers' processors for our searches",
     "transformers.GenerationMixin._get_stopping_criteria(self, generation_config, stopping_criteria, "
     "tokenizer=None)": "makes transformers' criteria for our searches",
+    "sacrebleu.significance._compute_p_value(stats, real_difference)": "is given back after the tests",
     "argparse.ArgumentParser._get_formatter(self)": "prints the options in groups of our own",
     "torch.Tensor._version": "tells that a weight has changed since it was packed",
     "torch.nn.modules.module._global_forward_hooks": "a hook on all modules must be called: no packed engine",
@@ -253,6 +261,9 @@ ASSIGNED = {
 REPLACED = {
     "transformers.pipelines.PipelineRegistry.check_task(self, task)": (
         'knows "translation_en_to_de" again, which transformers 5 gave up with its own translation pipeline'
+    ),
+    "sacrebleu.significance._compute_p_value(stats, real_difference)": (
+        "a difference as large as the real one counts, too; without it two equal systems differ significantly"
     ),
     "torch.backends.quantized.engine": "int8 weights are packed by fbgemm, then the process has its own engine back",
 }

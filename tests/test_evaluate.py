@@ -1,6 +1,7 @@
 """training.evaluate: by which settings a saved model is scored."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -169,3 +170,87 @@ def test_an_unknown_option_is_refused_with_the_likely_one(run, capsys):
             run_program(main, [str(run), word, "3"])
         assert ended.value.code == 2
         assert capsys.readouterr().err == f"error: unrecognized arguments: {message}\n"
+
+
+class TestComparisons:
+    """`--compare`: with a model, with a file, with several."""
+
+    @pytest.fixture
+    def texts(self, run) -> list[str]:
+        """What the model writes."""
+        model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+        return translate(model, tokenizer, TEXTS, max_new_tokens=30)
+
+    def test_files_and_models_are_compared_alike(self, run, scored, texts, tmp_path):
+        (tmp_path / "theirs.txt").write_text("".join(f"{text},\n" for text in texts))
+        shutil.copytree(run / "checkpoint-7", tmp_path / "same")
+        files = ["--differences_file", "rows.tsv", "--compare", "same", "theirs.txt"]
+        scores, expected, said = scored(run, *files)
+        assert scores["bleu"] == pytest.approx(expected["none"])
+        assert list(scores["comparisons"]) == ["same", "theirs.txt"]
+        same, theirs = scores["comparisons"].values()
+        assert set(same["p_values"]) == {"bleu", "chrf", "ter", "exact_match"}
+        assert {p for p_values in same["p_values"].values() for p in p_values.values()} == {1.0}
+        assert same["scores"]["bleu"] == scores["bleu"] != theirs["scores"]["bleu"]
+        assert set(scores["confidence"]["intervals"]) == {"bleu", "chrf", "ter", "exact_match"}
+        assert f"{run} and theirs.txt, 4 rows" in said
+        assert re.search(rf"^row [1-4]: theirs.txt is better than {run} by \d", said, re.MULTILINE)
+        header, *rows = Path("rows.tsv").read_text().splitlines()
+        assert header.startswith("other\trow\tgain in chrF")
+        assert [row.split("\t")[0] for row in rows] == ["theirs.txt"] * 4
+        # The other way round, from files alone: no model is loaded.
+        (tmp_path / "ours.txt").write_text("".join(f"{text}\n" for text in texts))
+        turned, _, said = scored("theirs.txt", "--compare", "ours.txt", "--bleu_tokenize", "none")
+        assert turned["bleu"] == theirs["scores"]["bleu"]
+        assert turned["comparisons"]["ours.txt"]["p_values"] == theirs["p_values"]
+        assert "theirs.txt on 4 pairs" in said
+        assert "\nbleu_tokenize=none (as told)\n" in said
+
+    def test_mistakes_are_found_before_anything_is_translated(self, run, scored, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            "vanilla_transformer.training.evaluate.translate", lambda *_, **__: pytest.fail("too early")
+        )
+        (tmp_path / "short.txt").write_text("a\n")
+        for words, message in (
+            (("--compare", "short.txt"), "^short.txt has 1 lines, but 4 rows are scored: line N must translate row N"),
+            (("--compare", "nowhere/model"), "cannot load the model 'nowhere/model'"),
+            (("--compare", str(run), "--differences_file", "no/rows.tsv"), "differences_file=no/rows.tsv: there is no"),
+            (("--group_column", "corpus"), "group_column=corpus: the test table has no such column"),
+            (("--metrics", "bleu", "cern"), "metrics=cern is unknown"),
+        ):
+            with pytest.raises(UserError, match=message):
+                scored(run, *words)
+
+    def test_metrics_are_those_of_the_run_unless_told_otherwise(self, run, scored, tmp_path):
+        mine = shutil.copytree(run, tmp_path / "mine")
+        (mine / "recipe.yaml").write_text("bleu_tokenize: char\nmetrics: [per, g2p_wer]\n")
+        scores, _, said = scored(mine)
+        assert set(scores) == {"per", "g2p_wer", "confidence"}
+        assert "\n         per " in said
+        scores, expected, _ = scored(mine, "--metrics", "bleu")
+        assert set(scores) == {"bleu", "bleu_signature", "confidence"}
+        assert scores["bleu"] == pytest.approx(expected["char"])
+        (mine / "recipe.yaml").write_text("metrics: blue\n")
+        with pytest.raises(UserError, match="metrics=blue is unknown"):
+            scored(mine)
+
+    def test_each_group_and_the_whole_are_scored(self, run, scored, texts, tmp_path):
+        rows = [{"s": a, "t": f"{b}.", "part": part} for a, b, part in zip(TEXTS, texts, "xyyx", strict=True)]
+        (tmp_path / "parts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        words = ["--test_file", "parts.jsonl", "--source_column", "s", "--target_column", "t"]
+        scores, _, said = scored(run, *words, "--group_column", "part", "--metrics", "chrf")
+        groups = {part: [row for row in range(4) if "xyyx"[row] == part] for part in "xy"}
+        expected = {
+            part: sacrebleu.corpus_chrf([texts[row] for row in its], [[rows[row]["t"] for row in its]]).score
+            for part, its in groups.items()
+        }
+        assert {part: found["scores"]["chrf"] for part, found in scores["groups"].items()} == expected
+        assert scores["chrf"] not in expected.values()
+        assert re.search(r"^x +2 +\d+\.\d\d$", said, re.MULTILINE)
+
+    def test_several_references_count(self, run, scored, texts, tmp_path):
+        for name, lines in (("src", TEXTS), ("wrong", ["zzz"] * 4), ("right", texts)):
+            (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        scores, _, _ = scored(run, "--test_file", "src", "wrong", "right")
+        assert scores["exact_match"] == 100 * sum(bool(text.strip()) for text in texts) / 4 > 0
+        assert "nrefs:var|" in scores["bleu_signature"]  # what the model left blank is no reference

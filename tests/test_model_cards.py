@@ -13,10 +13,13 @@ from huggingface_hub import ModelCard, metadata_load
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer.training.machine import processor
-from vanilla_transformer.training.metrics import TITLES, TranslationMetrics
+from vanilla_transformer.training.metric_names import DEFAULT_METRICS, TITLES
+from vanilla_transformer.training.metrics import score_texts
 from vanilla_transformer.training.publishing.audit import CardError, read_card
 from vanilla_transformer.training.publishing.card import model_card
+from vanilla_transformer.training.scores import score_groups
 from vanilla_transformer.training.settings.recipe import RECIPES, parse_recipe
+from vanilla_transformer.training.significance import confidence_intervals
 
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
@@ -33,7 +36,7 @@ class TestEachCard:
     def test_its_figures_are_those_of_its_metrics(self, path):
         card, scores = read_card(path, metrics_of(path)), metrics_of(path)["scores"]
         results = {result.metric_type: result for result in card.data.eval_results}
-        assert set(results) == set(TITLES)
+        assert set(results) == set(DEFAULT_METRICS)
         for name, result in results.items():
             assert result.metric_value == round(scores[name], 2)
             assert result.metric_config == scores.get(f"{name}_signature")
@@ -46,7 +49,7 @@ class TestEachCard:
         assert data["library_name"] == "transformers"
         assert data["pipeline_tag"] == "translation"
         assert "translation" in data["tags"]
-        assert data["metrics"] == list(TITLES)
+        assert data["metrics"] == list(DEFAULT_METRICS)
         assert [model["name"] for model in data["model-index"]] == [path.stem]
 
     def test_it_stands_beside_its_recipe_and_picture(self, path):
@@ -127,26 +130,61 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize(("languages", "codes", "tags"), PAIRS.values(), ids=PAIRS)
-def test_a_runs_card_claims_what_its_metrics_hold_in_the_hubs_codes(languages, codes, tags, tiny_model, tmp_path):
-    scores = TranslationMetrics().compute(predictions=["ein Hund", "a"], references=["ein Hund", "b"], tokenize="13a")
-    metrics = {
+def some_metrics(model, scores: dict) -> dict:
+    """What a run writes into its metrics.json."""
+    return {
         "scored_split": "test",
         "scores": scores,
         "num_beams": 4,
-        "parameters": tiny_model().num_parameters(),
+        "parameters": model.num_parameters(),
         "data_name": "corpus-2016, part 3",
         "rows": {"train": 12345, "test": 2},
         "training": {"updates": 1234567, "minutes": 71.983, "machine": "8 x H100"},
         "example_source": "a dog",
         "example_translation": "ein Hund",
     }
+
+
+@pytest.mark.parametrize(("languages", "codes", "tags"), PAIRS.values(), ids=PAIRS)
+def test_a_runs_card_claims_what_its_metrics_hold_in_the_hubs_codes(languages, codes, tags, tiny_model, tmp_path):
+    scores = score_texts(["ein Hund", "a"], ["ein Hund", "b"], "13a")
+    metrics = some_metrics(tiny_model(), scores)
     path = tmp_path / "README.md"
     model_card(tiny_model(), languages, metrics, "d_model: 16\n", "runs/mine").save(path)
     data = read_card(path, metrics).data
     assert data.language == codes
     assert data.get("language_bcp47") == tags
     assert ModelCard.load(path).data.eval_results[0].metric_value == round(scores["bleu"], 2)
+
+
+def test_a_card_shows_intervals_and_groups_as_they_were_measured(tiny_model, tmp_path):
+    texts, names = (["ein Hund", "a b c d", "la la", "0"], ["ein Hund", "b a c d", "la", "0"]), list(TITLES)
+    told = ("13a", names)
+    metrics = some_metrics(tiny_model(), score_texts(*texts, *told))
+    metrics["confidence"] = confidence_intervals(*texts, *told)
+    metrics["groups"] = score_groups(*texts, ["news 2014", "a|b", "news 2014", "a|b"], *told)
+    path = tmp_path / "README.md"
+    model_card(tiny_model(), ("en", "de"), metrics, "d_model: 16\n", "runs/mine").save(path)
+    card = read_card(path, metrics).text
+    tables = [
+        [cells.strip(" |") for cells in part.splitlines() if cells.startswith("|")] for part in card.split("\n\n")
+    ]
+    (results,) = [table for table in tables if table and table[0].startswith("metric")]
+    (parts,) = [table for table in tables if table and table[0].startswith("part")]
+    assert results[0] == "metric | score | signature | 95 % interval"
+    assert len(results) == 2 + len(names)
+    for name, line in zip(names, results[2:], strict=True):
+        interval = metrics["confidence"]["intervals"][name]
+        assert line.startswith(f"{TITLES[name]} | {metrics['scores'][name]:.2f} | ")
+        assert line.endswith(f"| {interval['mean']:.2f} ± {interval['half_width']:.2f}")
+    assert parts[0] == " | ".join(["part", "pairs", *TITLES.values()])
+    for line, (part, found) in zip(parts[2:], metrics["groups"].items(), strict=True):
+        figures = [f"{found['scores'][name]:.2f}" for name in names]
+        assert line == " | ".join([part.replace("|", "\\|"), "2", *figures])
+    claim = f"± {metrics['confidence']['intervals']['bleu']['half_width']:.2f}"
+    path.write_text(path.read_text(encoding="utf-8").replace(claim, "± 0.01"), encoding="utf-8")
+    with pytest.raises(CardError, match=r"0\.01 in the section Results"):
+        read_card(path, metrics)
 
 
 class TestTheMachineInWords:

@@ -15,7 +15,7 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     train_tokenizer,
 )
-from vanilla_transformer.training.loop import r_drop
+from vanilla_transformer.training.loop import two_passes
 from vanilla_transformer.training.loop.r_drop import symmetric_divergence
 from vanilla_transformer.training.loop.trainer import TranslationTrainer
 from vanilla_transformer.training.settings.arguments import TrainingArguments
@@ -36,7 +36,7 @@ def make_trainer(model, folder, **options) -> TranslationTrainer:
 
 
 def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypatch):
-    monkeypatch.setattr(r_drop, "CHUNK", 4)  # eleven positions count
+    monkeypatch.setattr(two_passes, "CHUNK", 4)  # eleven positions count
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 13, (3, 5), generator=generator)
     labels[0, 3:] = labels[2, 1:] = -100

@@ -11,7 +11,7 @@ import yaml
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from vanilla_transformer.training.data.pairs import load_pairs
-from vanilla_transformer.training.errors import DataError, RecipeError
+from vanilla_transformer.training.errors import DataError, RecipeError, UserError
 from vanilla_transformer.training.evaluate import EvaluationArguments
 from vanilla_transformer.training.settings import recipe as reading
 from vanilla_transformer.training.settings.arguments import DataArguments, ModelArguments
@@ -146,6 +146,8 @@ WRONG_NUMBERS = {
     "adam_epsilon": ("-1e-9",),
     "max_grad_norm": ("-1",),
     "r_drop_alpha": ("-5",),
+    "simcut_alpha": ("-3",),
+    "simcut_p": ("-0.1", "1"),
     "dataloader_num_workers": ("-1",),
     "num_train_epochs": ("0", "-2", "nan"),
     "logging_steps": ("0", "-3"),
@@ -213,8 +215,39 @@ def test_a_bleu_tokenizer_that_cannot_be_used_is_refused_before_anything_is_trai
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_tokens": 0}, {"num_beams": 0}, {"length_penalty": math.nan}, {"bleu_tokenize": "14a"}]
+    "wrong",
+    [
+        {"batch_tokens": 0},
+        {"num_beams": 0},
+        {"length_penalty": math.nan},
+        {"bleu_tokenize": "14a"},
+        {"metrics": ["bleu", "blue"]},
+        {"metrics": []},
+        {"differences_file": "rows.tsv"},
+        {"differences_file": "rows.txt", "compare": ["other"]},
+    ],
 )
 def test_an_evaluation_is_refused_likewise(wrong):
-    with pytest.raises(RecipeError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         EvaluationArguments(**wrong)
+
+
+def test_the_metric_that_chooses_is_one_of_those_that_are_computed(tmp_path):
+    def with_metrics(*words):
+        return parse_recipe(["quickstart.yaml", "--output_dir", str(tmp_path), "--metrics", "per", "g2p_wer", *words])
+
+    recipe = with_metrics("--metric_for_best_model", "per")
+    assert recipe.decoding.metrics == recipe.given["metrics"] == ["per", "g2p_wer"]
+    assert recipe.training.greater_is_better is False
+    with pytest.raises(
+        RecipeError, match="metric_for_best_model=bleu is not computed: choose one of metrics=per g2p_wer"
+    ):
+        with_metrics("--metric_for_best_model", "bleu")
+    with pytest.raises(RecipeError, match=r"metrics=wr is unknown: choose among bleu, .*wer"):
+        with_metrics("wr")
+
+
+def test_r_drop_and_simcut_exclude_each_other(tmp_path):
+    both = ["--r_drop_alpha", "5", "--simcut_alpha", "3"]
+    with pytest.raises(RecipeError, match="simcut_alpha=3 does not go with r_drop_alpha=5"):
+        parse_recipe(["quickstart.yaml", "--output_dir", str(tmp_path), *both])

@@ -182,7 +182,8 @@ def test_evaluate_and_translate_agree_with_the_run(finished, tmp_path):
     data = folder.parent / "valid.jsonl"
     run_command("evaluate", folder, "--test_file", data, "--output_file", tmp_path / "scores.json", check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert json.loads((tmp_path / "scores.json").read_text()) == metrics["scores"]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores == metrics["scores"] | {"confidence": metrics["confidence"]}
 
     (tmp_path / "in.txt").write_text("red dog\n\nblue house\n")
     run_command("translate", folder, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt", check=True)

@@ -27,8 +27,8 @@ REFUSED_BY_SYSTEM = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMET
 # The packages that each of our extras installs, by their import names.
 EXTRAS = {
     "train": (
-        "accelerate", "babel", "datasets", "evaluate", "ftfy", "matplotlib", "peft", "psutil", "yaml", "sacrebleu",
-        "shtab", "tensorboard",
+        "accelerate", "babel", "datasets", "evaluate", "ftfy", "matplotlib", "peft", "psutil", "yaml", "rapidfuzz",
+        "sacrebleu", "shtab", "tensorboard",
     ),
     "convert": ("google", "sacremoses", "sentencepiece"),
     "bench": ("ctranslate2",),

@@ -14,9 +14,9 @@ from .files import write_beside
 from .loop.stages import MixtureTrainer
 from .loop.trainer import TranslationTrainer
 from .machine import machine
-from .metrics import score_texts
 from .publishing.card import model_card
 from .publishing.pictures import draw_loss_curve
+from .scores import score_rows
 from .settings.arguments import TrainingArguments
 from .settings.recipe import Recipe, lasting, public
 from .translator import translate
@@ -43,7 +43,7 @@ def score_run(
     given = public(recipe.given)
     metrics: dict[str, Any] = {
         "scored_split": split,
-        "scores": score_texts(translations, references, recipe.decoding.bleu_tokenize),
+        **score_rows(translations, pairs[split], recipe.decoding.bleu_tokenize, recipe.decoding.metrics),
         "num_beams": model.generation_config.num_beams,
         "parameters": model.num_parameters(),
         "data_name": recipe.data.data_name

@@ -37,6 +37,7 @@ from .program import run_program
 from .publishing.hub import HubError
 from .results import final_checkpoint, score_run, write_documents
 from .saved_model import load_model
+from .scores import format_groups
 from .settings.arguments import TrainingArguments
 from .settings.recipe import Recipe, parse_recipe, recipe_parser
 from .words import counted
@@ -127,7 +128,7 @@ def build_trainer(
         "eval_dataset": rows.get("validation"),
         "processing_class": tokenizer,
         "data_collator": DataCollatorForSeq2Seq(tokenizer),
-        "compute_metrics": score_translations(tokenizer, recipe.decoding.bleu_tokenize)
+        "compute_metrics": score_translations(tokenizer, recipe.decoding.bleu_tokenize, recipe.decoding.metrics)
         if args.predict_with_generate
         else None,
         "callbacks": callbacks(args),
@@ -159,7 +160,9 @@ def finish(recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, 
     metrics, examples = score_run(recipe, trainer, model, pairs)
     write_documents(recipe, trainer, model, metrics)
     split, scores = metrics["scored_split"], metrics["scores"]
-    print(f"\n{split} set, {counted(len(pairs[split]), 'pair')}\n{format_scores(scores)}\n")
+    print(f"\n{split} set, {counted(len(pairs[split]), 'pair')}\n{format_scores(scores, metrics.get('confidence'))}\n")
+    if "groups" in metrics:
+        print(f"{format_groups(metrics['groups'])}\n")
     for source, translation, reference in examples:
         verdict = "" if translation == reference else f"   (reference: {reference})"
         print(f"  {source}  ->  {translation}{verdict}")

@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ Columns = dict[str, Sequence[Any]]
 
 SPLITS = ("train", "validation", "test")
 SIDES = ("source", "target")
+# The column with the group of each row, of those that are scored.
+GROUP = "group"
 PHRASEBOOK = "phrasebook:"
 # Without a validation split, at most every 20th training row and at most 1,000 rows are held out.
 LEAST_STEP, MOST_HELD_OUT = 20, 1000
@@ -167,17 +169,23 @@ def _load_files(data: DataArguments, splits: Sequence[str]) -> dict[str, Columns
 def _load_split(split: str, paths: list[Path], data: DataArguments) -> Columns:
     if len(paths) == 1:
         return _load_table(paths[0], data.has_header)
-    if len(paths) == 2:
+    if len(paths) == 2 or split == "test":
         return _load_parallel_text(*paths)
     raise DataError(f"{split}_file names {len(paths)} files: give one data file, or two of parallel text")
 
 
-def _load_parallel_text(source: Path, target: Path) -> Columns:
-    sources, targets = [], []
-    for text, translation in read_parallel_lines(source, target):
-        sources.append(text)
-        targets.append(translation)
-    return {"source": sources, "target": targets}
+def _load_parallel_text(source: Path, *targets: Path) -> Columns:
+    columns: Columns = {}
+    for number, path in enumerate(targets, 1):
+        pairs = list(read_parallel_lines(source, path))
+        columns["source"] = [text for text, _ in pairs]
+        columns["target" if number == 1 else f"reference_{number}"] = [translation for _, translation in pairs]
+    return columns
+
+
+def further_references(columns: Collection[str]) -> list[str]:
+    """The columns of the second reference, the third and so on. The first is the target."""
+    return list(takewhile(columns.__contains__, map("reference_{}".format, range(2, len(columns) + 2))))
 
 
 def _load_table(path: Path, has_header: bool) -> Columns:
@@ -221,7 +229,9 @@ def _clean(
         for side, text in zip(SIDES, pair, strict=True):
             if fault := text_fault(text):
                 raise DataError(f"{split}, row {index + 1}: the {side} {fault}")
-    texts = {"source": sources, "target": targets}
+    texts: Columns = {"source": sources, "target": targets}
+    if split != "train":
+        texts |= _scoring(columns, limit, split, data)
     for name in others if split == "train" else ():
         refuse_missing(name, columns, split)
         texts[name] = ["" if value is None else str(value) for value in columns[name][:limit]]
@@ -229,6 +239,40 @@ def _clean(
     pairs = read(split, Dataset.from_dict, texts, features=features)
     tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty} | language_tests(data)
     return _filter(pairs, tests, zip(sources, targets, strict=True), split, report)
+
+
+def _scoring(columns: Columns, limit: int | None, split: str, data: DataArguments) -> Columns:
+    """What scoring needs besides source and target: a row's further references, and the group that it belongs to."""
+    found: Columns = {}
+    for name in further_references(columns):
+        found[name] = [text if text and str(text).strip() else None for text in columns[name][:limit]]
+        for index, text in enumerate(found[name]):
+            if text is not None and (fault := text_fault(text)):
+                raise DataError(f"{split}, row {index + 1}: {name} {fault}")
+    wanted = data.group_column or []
+    missing = [name for name in wanted if name not in columns]
+    # Validation rows need groups only where they are what is scored in the end.
+    if missing and (split == "test" or not (data.test_file or data.dataset)):
+        raise DataError(f"group_column={missing[0]}: the {split} table has no such column, only {_listed(columns)}")
+    if wanted and not missing:
+        rows = list(zip(*(columns[name][:limit] for name in wanted), strict=True))
+        if empty := next((number for number, values in enumerate(rows, 1) if None in values or "" in values), None):
+            raise DataError(f"{split}, row {empty}: {', '.join(wanted)} has no value, so the row belongs to no group")
+        found[GROUP] = ["-".join(map(str, values)) for values in rows]
+    return found
+
+
+def references_of(pairs: Dataset) -> list[str] | list[list[str | None]]:
+    """The reference of each row; where rows have several, a list of them, in which None stands for a missing one."""
+    names = ["target", *further_references(pairs.column_names)]
+    if len(names) == 1:
+        return list(pairs["target"])
+    return [list(texts) for texts in zip(*(pairs[name] for name in names), strict=True)]
+
+
+def groups_of(pairs: Dataset) -> list[str] | None:
+    """The group of each row, by `group_column`; None where rows have none."""
+    return list(pairs[GROUP]) if GROUP in pairs.column_names else None
 
 
 def _rows(column: Sequence[Any], limit: int | None, side: str, split: str) -> Sequence[Any]:

@@ -36,7 +36,7 @@ LASTING = {
     "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica "
     "log_on_each_node disable_tqdm report_to skip_memory_metrics debug "
     "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision",
-    "how the finished model translates": "num_beams",
+    "how the finished model translates, and is scored": "num_beams metrics group_column",
     "on what it is computed, and how": "use_cpu bf16 tf32 attn_implementation torch_compile torch_compile_backend "
     "torch_compile_mode hold_memory activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
     "gradient_checkpointing_kwargs torch_empty_cache_steps full_determinism dataloader_num_workers "

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from vanilla_transformer.network_loss import IGNORE_INDEX
 from ..data.batching import TokenBudgetBatches, token_budget
 from ..data.epochs import EpochRows
 from ..errors import RecipeError
+from ..metric_names import DEFAULT_METRICS
 from ..metrics import TranslationMetrics, numbers
 from ..publishing.hub import create_repository, push_checkpoint, push_run
 from ..settings.rules import check_sharding
 from .averaging import ExponentialMean
 from .checkpoints import CheckpointError
 from .r_drop import symmetric_divergence
+from .simcut import cut_batch, cutting, divergence
 from .streaming_trainer import StreamingTrainer
 
 
@@ -144,17 +147,24 @@ class TranslationTrainer(StreamingTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; in training with `r_drop_alpha`, the loss of R-Drop (r_drop.py)."""
+        """The model's own loss; in training, R-Drop or SimCut may be added (r_drop.py, simcut.py)."""
         # In evaluation, the mean over the process's own tokens. `prediction_step` turns it into a sum.
         num_items_in_batch = num_items_in_batch if model.training else None
-        if not (self.args.r_drop_alpha and model.training):
+        args = self.args
+        if not (model.training and (args.r_drop_alpha or args.simcut_alpha)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        twice = {name: torch.cat([value, value]) for name, value in inputs.items()} | {"return_logits": True}
-        loss, outputs = super().compute_loss(model, twice, True, 2 * num_items_in_batch)
+        if args.r_drop_alpha:
+            twice = {name: torch.cat([value, value]) for name, value in inputs.items()} | {"return_logits": True}
+            loss, outputs = super().compute_loss(model, twice, True, 2 * num_items_in_batch)
+            weight, compared = args.r_drop_alpha / 2, symmetric_divergence(outputs.logits, inputs["labels"])
+        else:
+            twice, kept = cut_batch(inputs, self.model.config, args.simcut_p)
+            with cutting(model, kept):
+                loss, outputs = super().compute_loss(model, twice, True, num_items_in_batch)
+            weight, compared = args.simcut_alpha, divergence(outputs.logits, inputs["labels"])
         # As in the stock loss: DDP averages over the processes, but the tokens were counted over all of them.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        divergence = processes * symmetric_divergence(outputs.logits, inputs["labels"]) / num_items_in_batch
-        loss = loss + self.args.r_drop_alpha / 2 * divergence
+        processes = self.accelerator.num_processes if args.average_tokens_across_devices else 1
+        loss = loss + weight * (processes * compared / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -270,9 +280,9 @@ class TranslationTrainer(StreamingTrainer):
         self.push_in_progress = PushInProgress([*under_way, job])
 
 
-def score_translations(tokenizer, bleu_tokenize: str):
+def score_translations(tokenizer, bleu_tokenize: str, metrics: Sequence[str] = DEFAULT_METRICS):
     """Returns the `compute_metrics` for a Trainer: it decodes generated and true ids, and scores the text."""
-    metrics = TranslationMetrics()
+    scorer = TranslationMetrics()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         rows = (prediction.label_ids != IGNORE_INDEX).any(axis=1)  # the other rows only pad a process's batch
@@ -280,6 +290,8 @@ def score_translations(tokenizer, bleu_tokenize: str):
             tokenizer.batch_decode(ids[rows].clip(min=0), skip_special_tokens=True)  # -100 (padding) becomes pad
             for ids in (prediction.predictions, prediction.label_ids)
         ]
-        return numbers(metrics.compute(predictions=texts[0], references=texts[1], tokenize=bleu_tokenize))
+        predictions, references = texts
+        scores = scorer.compute(predictions=predictions, references=references, tokenize=bleu_tokenize, metrics=metrics)
+        return numbers(scores)
 
     return compute_metrics

@@ -9,13 +9,14 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ..errors import UserError, message_of
-from ..metrics import TITLES, numbers
+from ..metric_names import TITLES
+from ..metrics import numbers
 
 
 # Sections whose figures were measured or counted. The figures about the network come from its configuration.
 MEASURED = ("Data", "Results", "Training")
 # Fields of metrics.json, besides the scores, that these sections quote.
-COUNTED = ("num_beams", "data_name", "rows", "training")
+COUNTED = ("num_beams", "data_name", "rows", "training", "confidence", "groups")
 # A number that is not part of a name, such as Multi30k.
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
@@ -88,7 +89,8 @@ def _table_cells(name: str, scores: dict[str, Any]) -> list[str]:
 def _figures(value: Any) -> set[str]:
     """Every number in a part of metrics.json, in each of the template's formats."""
     if isinstance(value, dict | list):
-        parts = value.values() if isinstance(value, dict) else value
+        # Names too: a group may be called by a year.
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         return set().union(*map(_figures, parts))
     if isinstance(value, int | float):
         return {f"{value:,}", f"{value:.1f}", f"{value:.2f}"}

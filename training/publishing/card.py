@@ -9,7 +9,7 @@ from babel import Locale, UnknownLocaleError
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..metrics import TITLES
+from ..metric_names import TITLES
 
 
 def language_name(code: str) -> str:

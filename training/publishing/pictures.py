@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..files import beside
-from ..metrics import TITLES
+from ..metric_names import TITLES
 
 
 def draw_loss_curve(log_history: list[dict[str, Any]], metric: str, path: str | Path) -> None:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from vanilla_transformer.tokenization_units import UNITS
 
+from ..metric_names import DEFAULT_METRICS, METRICS
 from . import rules
 
 
@@ -119,7 +120,8 @@ class DataArguments:
     The parallel text: `dataset`, or files. Paths may contain environment variables ($NAME).
 
     Each split takes one data file (.jsonl, .json, .csv, .tsv, .parquet, .tmx, .xliff, .po or WMT's .xml), or two
-    parallel text files, source then target. All but .parquet may be compressed (.gz, .xz, .bz2, .zst).
+    parallel text files, source then target. All but .parquet may be compressed (.gz, .xz, .bz2, .zst). Test text may
+    have several references: source, then each of them.
     """
 
     dataset: str | None = field(
@@ -133,7 +135,9 @@ class DataArguments:
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "validation data, to choose the best model"}
     )
-    test_file: list[str] | None = field(default=None, metadata={"help": "test data, for the final score"})
+    test_file: list[str] | None = field(
+        default=None, metadata={"help": "test data, for the final score; text may have several references"}
+    )
     source_lang: str | None = field(
         default=None, metadata={"help": "language code of the source (also its key in a `translation` column)"}
     )
@@ -147,6 +151,10 @@ class DataArguments:
     target_column: str | None = field(
         default=None,
         metadata={"help": "column of the target text; without a header in .tsv and .csv, its number from 1"},
+    )
+    group_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "test column(s), e.g. of the corpus or the languages: each value gets a score of its own"},
     )
     data_name: str | None = field(default=None, metadata={"help": "name of the data in the model card"})
     max_source_length: int = field(
@@ -189,10 +197,10 @@ class DataArguments:
     phrasebook_size: int = field(default=50_000, metadata={"help": "number of training phrases in the phrasebook"})
 
     def __post_init__(self):
-        # In a recipe, one file needs no list.
-        for name in ("train_file", "validation_file", "test_file"):
-            if isinstance(files := getattr(self, name), str):
-                setattr(self, name, [files])
+        # In a recipe, one file or column needs no list.
+        for name in ("train_file", "validation_file", "test_file", "group_column"):
+            if isinstance(values := getattr(self, name), str):
+                setattr(self, name, [values])
 
     @property
     def has_header(self) -> bool:
@@ -239,6 +247,10 @@ class DecodingArguments:
     )
     bleu_tokenize: str = field(
         default="13a", metadata={"help": "sacrebleu's tokenizer for BLEU; none for text that is already tokenised"}
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: list(DEFAULT_METRICS),
+        metadata={"help": f"scores to compute: {', '.join(METRICS)} (docs/evaluation.md)"},
     )
 
     def __post_init__(self):
@@ -312,6 +324,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "R-Drop: weight of the divergence between two passes with different dropout (Wu et al.: 5)"},
     )
+    simcut_alpha: float = field(
+        default=0.0,
+        metadata={"help": "SimCut: weight of the divergence from a pass with some tokens cut out (Gao et al.: 3)"},
+    )
+    simcut_p: float = field(default=0.05, metadata={"help": "SimCut: probability that a token is cut out"})
     lora_rank: int | None = field(
         default=None,
         metadata={"help": "train LoRA adapters of this rank on a frozen model, and merge them at the end"},

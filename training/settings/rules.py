@@ -22,6 +22,7 @@ from vanilla_transformer.tokenization_vanilla_transformer import TOKENIZER_MODEL
 
 from ..errors import DataError, RecipeError, UserError, message_of
 from ..findings import Finding, error, warning
+from ..metric_names import METRICS
 from .options import plain
 
 
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 Rule = tuple[str, Any, str]
 
 # The metrics that can choose the best checkpoint -> whether higher is better.
-BEST_METRICS = {"bleu": True, "chrf": True, "ter": False, "exact_match": True, "loss": False, "perplexity": False}
+BEST_METRICS = {name: metric.higher_is_better for name, metric in METRICS.items()} | {
+    "loss": False,
+    "perplexity": False,
+}
 
 # Options of transformers that would break a run or have no effect -> why. They must keep their defaults.
 REFUSED = {
@@ -67,8 +71,8 @@ CHECKPOINTING = {"every_n_layers": range(1, 1000), "offload": (True, False), "us
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda n: n >= 0,
-        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha dataloader_num_workers "
-        "eval_delay save_total_limit neftune_noise_alpha",
+        "learning_rate weight_decay warmup_steps adam_epsilon max_grad_norm r_drop_alpha simcut_alpha "
+        "dataloader_num_workers eval_delay save_total_limit neftune_noise_alpha",
     ),
     "above 0": (lambda n: n > 0, "num_train_epochs logging_steps eval_steps save_steps mixing_temperature"),
     "at least 1": (
@@ -80,7 +84,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         "torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
     ),
     "at least 2, the start of the target included": (lambda n: n >= 2, "generation_max_length"),
-    "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2"),
+    "at least 0 and below 1": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2 simcut_p"),
     "above 0 and below 1, and near 1, e.g. 0.999": (lambda n: 0 < n < 1, "ema_decay"),
     "at least 1, or -1 to count epochs (num_train_epochs)": (lambda n: n >= 1 or n == -1, "max_steps"),
     "between 0 and 2**32 - 1": (lambda n: 0 <= n < 2**32, "seed data_seed"),
@@ -130,6 +134,7 @@ def check_recipe(recipe: Recipe) -> None:
         RecipeError: two fields exclude each other.
     """
     model, tokenizer, data, training = recipe.model, recipe.tokenizer, recipe.data, recipe.training
+    decoding = recipe.decoding
     check_numbers(recipe.mixture)
     rules: list[Rule] = [
         (
@@ -141,6 +146,11 @@ def check_recipe(recipe: Recipe) -> None:
             "lora_rank",
             training.lora_rank and not model.model,
             "adapts an existing model: name it by model, or leave it out",
+        ),
+        (
+            "metric_for_best_model",
+            training.eval_strategy != "no" and training.deciding_metric in {*METRICS} - {*decoding.metrics},
+            f"is not computed: choose one of metrics={' '.join(decoding.metrics)}, or add it there",
         ),
     ]
     if data.streaming:
@@ -260,11 +270,23 @@ def check_decoding(arguments: Any) -> None:
     Checks the fields of decoding and scoring, in DecodingArguments or EvaluationArguments.
 
     Raises:
-        RecipeError: a number is outside its limits, or sacrebleu has no such tokenizer.
+        RecipeError: a number is outside its limits, sacrebleu has no such tokenizer, or a metric is unknown.
     """
     check_numbers(arguments)
     if arguments.bleu_tokenize is not None:
         check_bleu_tokenizer(arguments.bleu_tokenize)
+    if arguments.metrics is not None:
+        check_metrics(arguments.metrics)
+
+
+def check_metrics(names: list[str]) -> None:
+    """
+    Raises:
+        RecipeError: a metric is unknown, or there is none.
+    """
+    for name in names or [""]:
+        if name not in METRICS:
+            raise RecipeError(f"metrics={name} is unknown: choose among {', '.join(METRICS)}")
 
 
 def check_bleu_tokenizer(name: str) -> None:
@@ -401,6 +423,7 @@ def check_training(args: TrainingArguments) -> None:
         vars(args),
         [
             *_rules_of_endings(args),
+            *_rules_of_regularisers(args),
             ("fsdp", args.fsdp and args.world_size == 1, f"{several}launch (docs/distributed.md)"),
         ],
     )
@@ -414,6 +437,18 @@ def check_training(args: TrainingArguments) -> None:
     pickles = args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
     remedy = "set every_save, which pushes each checkpoint's model, or end"
     refuse(vars(args), [("hub_strategy", pickles, f"would push the optimizer's state and other pickles: {remedy}")])
+
+
+def _rules_of_regularisers(args: TrainingArguments) -> list[Rule]:
+    """R-Drop and SimCut both compare two passes."""
+    return [
+        (
+            "simcut_alpha",
+            args.simcut_alpha and args.r_drop_alpha,
+            f"does not go with r_drop_alpha={args.r_drop_alpha:g}: both compare two passes of each batch; leave one of "
+            "them out",
+        ),
+    ]
 
 
 def _rules_of_endings(args: TrainingArguments) -> list[Rule]:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 
-from .data.pairs import SPLITS, load_pairs, read_lines, references_of
+from .data.pairs import SPLITS, load_pairs, references_of
+from .data.reading.lines import read_lines
 from .differences import SUFFIXES, Difference, find_differences, format_differences, write_differences
 from .errors import DataError, UserError
 from .files import make_sure_of_file, write_beside

@@ -83,6 +83,14 @@ class TokenizerArguments:
     pretokenized: bool = field(
         default=False, metadata={"help": "the text is already tokenised: white space separates its words"}
     )
+    tags: list[str] | None = field(
+        default=None, metadata={"help": "words in angle brackets that are one token in any text, e.g. <formal>"}
+    )
+
+    def __post_init__(self):
+        # In a recipe, one tag needs no list.
+        if isinstance(self.tags, str):
+            self.tags = [self.tags]
 
 
 @dataclass
@@ -114,6 +122,12 @@ class DataArguments:
     )
     source_column: str | None = field(default=None, metadata={"help": "column of the source text"})
     target_column: str | None = field(default=None, metadata={"help": "column of the target text"})
+    source_lang_column: str | None = field(
+        default=None, metadata={"help": "column of the source's language, for a model of several directions"}
+    )
+    target_lang_column: str | None = field(
+        default=None, metadata={"help": "column of the target's language, for a model of several directions"}
+    )
     data_name: str | None = field(default=None, metadata={"help": "name of the data in the model card"})
     max_source_length: int = field(
         default=256, metadata={"help": "skip training rows with more source tokens; the log says how many"}

@@ -12,10 +12,11 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 
+from .data.languages import direction_names, multilingual, target_languages
 from .data.pairs import SPLITS, load_pairs
 from .errors import DataError, UserError
 from .files import make_sure_of_file, write_beside
-from .metrics import format_scores, score_texts
+from .metrics import format_groups, format_scores, score_groups, score_texts
 from .model_names import find_model
 from .program import run_program
 from .saved_model import load_model
@@ -151,13 +152,19 @@ def main(argv: list[str]) -> None:
     if bleu_tokenize is None:
         bleu_tokenize, origin = bleu_tokenizer_of(model_name)
     decoding = arguments.generation_options()
-    predictions = translate(model, tokenizer, list(pairs["source"]), arguments.batch_tokens, **decoding)
-    scores = score_texts(predictions, list(pairs["target"]), bleu_tokenize)
+    languages = target_languages(pairs) or ({"tgt_lang": data.direction[1]} if multilingual(tokenizer) else {})
+    predictions = translate(model, tokenizer, list(pairs["source"]), arguments.batch_tokens, **languages, **decoding)
+    references = list(pairs["target"])
+    scores = score_texts(predictions, references, bleu_tokenize)
+    groups = score_groups(predictions, references, names, bleu_tokenize) if (names := direction_names(pairs)) else {}
     used = model.generation_config.to_dict() | decoding | {"bleu_tokenize": f"{bleu_tokenize} ({origin})"}
     print(f"{options.model} on {counted(len(pairs), 'pair')} of the {arguments.split} split")
     told = ("num_beams", "length_penalty", "max_new_tokens", "bleu_tokenize")
     print(", ".join(f"{name}={used[name]}" for name in told if used.get(name) is not None))
     print(format_scores(scores))
+    if groups:
+        print(format_groups(groups))
+        scores["groups"] = groups
     if arguments.output_file:
         write_beside(arguments.output_file, json.dumps(scores, indent=2) + "\n")
 

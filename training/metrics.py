@@ -3,6 +3,8 @@
 It needs no download, unlike `evaluate.load("sacrebleu")`, which fetches a script from the Hub.
 """
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import sacrebleu
@@ -62,6 +64,37 @@ class TranslationMetrics(evaluate.Metric):
 def score_texts(predictions: list[str], references: list[str], bleu_tokenize: str) -> dict:
     """BLEU, chrF, TER, exact match and signatures of translations, compared with the references."""
     return TranslationMetrics().compute(predictions=predictions, references=references, tokenize=bleu_tokenize)
+
+
+def score_groups(
+    predictions: list[str], references: list[str], groups: Sequence[str], bleu_tokenize: str
+) -> dict[str, dict]:
+    """
+    The scores of each part of the text.
+
+    Args:
+        groups: the part to which each prediction belongs, e.g. its direction.
+
+    Returns:
+        For each part, in the order of their first rows, the number of `rows` and the `scores`, without signatures.
+    """
+    found = {}
+    for group in dict.fromkeys(groups):
+        rows = [row for row, its_group in enumerate(groups) if its_group == group]
+        texts = [predictions[row] for row in rows], [references[row] for row in rows]
+        found[group] = {"rows": len(rows), "scores": numbers(score_texts(*texts, bleu_tokenize))}
+    return found
+
+
+def format_groups(groups: dict[str, dict]) -> str:
+    """The scores of each part as a table to print."""
+    names = list(next(iter(groups.values()))["scores"])
+    width = max(map(len, groups))
+    lines = [f"{'':{width}}  {'rows':>7}" + "".join(f"  {TITLES[name]:>11}" for name in names)]
+    for group, part in groups.items():
+        scores = "".join(f"  {part['scores'][name]:11.2f}" for name in names)
+        lines.append(f"{group:{width}}  {part['rows']:7,}{scores}")
+    return "\n".join(lines)
 
 
 def format_scores(scores: dict) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, TrainerState
 
-from .data.pairs import language_pair
+from .data.languages import direction_names, multilingual, target_languages, trained_on
 from .files import write_beside
 from .loop.stages import MixtureTrainer
 from .loop.trainer import TranslationTrainer
 from .machine import machine
-from .metrics import score_texts
+from .metrics import score_groups, score_texts
 from .publishing.card import model_card
 from .publishing.pictures import draw_loss_curve
 from .settings.arguments import TrainingArguments
@@ -37,7 +37,7 @@ def score_run(
     split = next(name for name in ("test", "validation", "train") if name in pairs)
     sources, references = list(pairs[split]["source"]), list(pairs[split]["target"])
     tokenizer, batch_tokens = trainer.processing_class, recipe.training.per_device_eval_batch_tokens
-    translations = translate(model, tokenizer, sources, batch_tokens)
+    translations = translate(model, tokenizer, sources, batch_tokens, **target_languages(pairs[split]))
     given = public(recipe.given)
     metrics: dict[str, Any] = {
         "scored_split": split,
@@ -54,6 +54,9 @@ def score_run(
         "example_source": sources[0],
         "example_translation": translations[0],
     }
+    if names := direction_names(pairs[split], trained_on(pairs["train"])):
+        metrics["groups"] = score_groups(translations, references, names, recipe.decoding.bleu_tokenize)
+        metrics["example_language"] = pairs[split]["target_lang"][0]
     return metrics, list(zip(sources, translations, references, strict=True))[:SHOWN]
 
 
@@ -91,6 +94,11 @@ def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
     }
 
 
+def languages_of(tokenizer: Any) -> tuple[list[str], list[str]]:
+    """The source and the target languages of a tokenizer that has several."""
+    return tokenizer.source_languages, tokenizer.languages
+
+
 def write_documents(
     recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, metrics: dict[str, Any]
 ) -> None:
@@ -100,5 +108,7 @@ def write_documents(
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
     names = {"hub_model_id": recipe.training.hub_model_id, "base_model": given.get("model")}
-    card = model_card(model, language_pair(recipe.data), metrics, lasting(given), str(folder), **names)
+    tokenizer = trainer.processing_class
+    languages = languages_of(tokenizer) if multilingual(tokenizer) else recipe.data.direction
+    card = model_card(model, languages, metrics, lasting(given), str(folder), **names)
     write_beside(folder / "README.md", str(card))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer.training.data.pairs import load_pairs
-from vanilla_transformer.training.data.rows import learn_tokenizer, training_split
+from vanilla_transformer.training.data.pairs import SIDES, load_pairs
+from vanilla_transformer.training.data.rows import extend_tokenizer, learn_tokenizer, training_split
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.files import make_sure_of_folder
 from vanilla_transformer.training.settings.arguments import DataArguments, TokenizerArguments
@@ -41,14 +41,15 @@ def main(argv: list[str]) -> None:
 
     # 3. its subwords
     tokenizer = learn_tokenizer(options, train)
+    extend_tokenizer(tokenizer, options, data, train)
 
     # 4. a folder for AutoTokenizer
     tokenizer.save_pretrained(Path(output.output_dir))
 
     # 5. what came of it
     print(f"{len(tokenizer)} subwords from {counted(len(train), 'pair')}, saved in {output.output_dir}")
-    for text in train[0].values():
-        print("  " + " | ".join(split_text(tokenizer, text)))
+    for side in SIDES:
+        print("  " + " | ".join(split_text(tokenizer, train[0][side])))
 
 
 def check(output: OutputArguments, options: TokenizerArguments) -> None:

@@ -6,7 +6,7 @@ tokenizer (vanilla_transformer/tokenization_languages.py).
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -50,9 +50,9 @@ def count_directions(rows: Dataset | IterableDataset) -> Directions:
 
 def with_languages(rows: Dataset, data: DataArguments) -> Dataset:
     """Rows with both LANGUAGES. Those that are not columns of the file are the ones that `data` names for all rows."""
-    for language in LANGUAGES:
-        if language not in rows.column_names:
-            rows = rows.add_column(language, [getattr(data, language)] * len(rows))
+    for name, language in zip(LANGUAGES, data.direction, strict=True):
+        if name not in rows.column_names:
+            rows = rows.add_column(name, [language] * len(rows))
     return rows
 
 
@@ -136,11 +136,35 @@ def set_direction(tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> No
     """
     if not multilingual(tokenizer):
         return
-    if data.target_lang is not None:
-        tokenizer.add_languages([data.target_lang], [data.source_lang] if data.source_lang else [])
-        tokenizer.src_lang, tokenizer.tgt_lang = data.source_lang, data.target_lang
+    source, target = data.direction
+    if target is not None:
+        tokenizer.add_languages([target], [source] if source else [])
+        tokenizer.src_lang, tokenizer.tgt_lang = source, target
     if tokenizer.tgt_lang is None:
         raise DataError(f"target_lang is not given, but the model translates into {', '.join(tokenizer.languages)}")
+
+
+def name_directions(pairs: DatasetDict, data: DataArguments) -> None:
+    """
+    If the training rows have LANGUAGES, gives them to the rows of the other splits that do not name them.
+
+    Args:
+        pairs: the text of all splits; changed in place.
+        data: names their direction.
+
+    Raises:
+        DataError: it does not.
+    """
+    if not has_languages(pairs["train"]):
+        return
+    for split, rows in pairs.items():
+        if not has_languages(rows):
+            if not all(data.direction):
+                raise DataError(
+                    f"{split}: the training data has several directions, but the {split} rows do not name theirs: set "
+                    "source_lang_column and target_lang_column, or source_lang and target_lang"
+                )
+            pairs[split] = with_languages(rows, data)
 
 
 def refuse_unknown_languages(pairs: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -150,13 +174,26 @@ def refuse_unknown_languages(pairs: DatasetDict, tokenizer: PreTrainedTokenizerB
     Raises:
         DataError: a row asks for another language.
     """
-    known = set(getattr(tokenizer, "languages", []))
     for split, rows in pairs.items():
-        if not isinstance(rows, Dataset) or not has_languages(rows):
-            continue
-        for number, language in enumerate(rows[LANGUAGES[1]], start=1):
-            if language not in known:
-                raise DataError(f"{split}, row {number}: {unknown_language(language, tokenizer)}")
+        if isinstance(rows, Dataset) and has_languages(rows):
+            refuse_unknown(tokenizer, rows[LANGUAGES[1]], lambda number, split=split: f"{split}, row {number}: ")
+
+
+def refuse_unknown(
+    tokenizer: PreTrainedTokenizerBase, languages: Iterable[str], place: Callable[[int], str] = lambda number: ""
+) -> None:
+    """
+    Args:
+        languages: the target language of each row.
+        place: the beginning of an error about the row of a number, from 1.
+
+    Raises:
+        DataError: a row asks for a language that the tokenizer does not know.
+    """
+    known = set(getattr(tokenizer, "languages", []))
+    for number, language in enumerate(languages, start=1):
+        if language not in known:
+            raise DataError(f"{place(number)}{unknown_language(language, tokenizer)}")
 
 
 def unknown_language(language: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -184,10 +221,10 @@ def checked_languages(
         if known and tokenizer.tgt_lang is None:
             raise DataError(f"target_lang is not given: choose one of {', '.join(known)}")
         return {}
-    for number, language in enumerate([tgt_lang] if isinstance(tgt_lang, str) else tgt_lang, start=1):
-        if language not in known:
-            where = "" if isinstance(tgt_lang, str) else f"{place(number)}: "
-            raise DataError(where + unknown_language(language, tokenizer))
+    if isinstance(tgt_lang, str):
+        refuse_unknown(tokenizer, [tgt_lang])
+    else:
+        refuse_unknown(tokenizer, tgt_lang, lambda number: f"{place(number)}: ")
     return {"tgt_lang": tgt_lang}
 
 

@@ -64,7 +64,10 @@ def saved_model(tmp_path):
         encoder_ffn_dim=16,
         decoder_ffn_dim=16,
     )
-    for name in ("quickstart", "en-fr"):
+    for name in ("quickstart", "en-fr", "many"):
+        if name == "many":
+            tokenizer.add_languages(["de", "fr"], ["en"])
+            config.vocab_size = config.decoder_vocab_size = len(tokenizer)
         VanillaTransformerForConditionalGeneration(config).save_pretrained(tmp_path / "runs" / name)
         tokenizer.save_pretrained(tmp_path / "runs" / name)
     return tmp_path
@@ -85,8 +88,9 @@ def test_the_examples_of_the_decoding_guide_run_from_top_to_bottom(saved_model):
 def test_each_training_command_of_the_documents_is_understood(line, saved_model, monkeypatch):
     monkeypatch.chdir(saved_model)
     (saved_model / "runs" / "en-fr" / "recipe.yaml").write_text("dataset: phrasebook:en-fr\noutput_dir: runs/en-fr\n")
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
-    (saved_model / "mine.yaml").write_text(recipe, encoding="utf-8")
+    recipes = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+    for name, recipe in zip(("mine.yaml", "many.yaml"), recipes, strict=True):
+        (saved_model / name).write_text(recipe, encoding="utf-8")
     words = shlex.split(TRAIN_PROGRAM.split(line, maxsplit=1)[1], comments=True)
     recipe = parse_recipe([word for word in words if word != "&&"])
     assert recipe.training.output_dir

@@ -1,5 +1,6 @@
 """Many languages in one model: engines, pipeline, data, whole runs, and the commands around them."""
 
+import copy
 import itertools
 import json
 import random
@@ -19,10 +20,12 @@ from vanilla_transformer import TranslationPipeline
 from vanilla_transformer.training import evaluate, train
 from vanilla_transformer.training.data.languages import balanced_texts, count_directions
 from vanilla_transformer.training.data.pairs import load_pairs, tokenize_pairs
+from vanilla_transformer.training.data.rows import training_rows
 from vanilla_transformer.training.data.streaming import StreamedBatches, open_stream
 from vanilla_transformer.training.errors import DataError, RecipeError, UserError
 from vanilla_transformer.training.publishing.hub import stage
 from vanilla_transformer.training.settings.arguments import DataArguments
+from vanilla_transformer.training.settings.corpora import Corpus
 from vanilla_transformer.training.settings.recipe import parse_recipe
 from vanilla_transformer.training.translator import translate
 from vanilla_transformer_commands import translate as translate_command
@@ -303,7 +306,10 @@ class TestData:
         path = write_rows(tmp_path / "train.jsonl", rows(TRAINED))
         data = DataArguments(train_file=[str(path)], source_lang_column="from", target_lang_column="to")
         expected = tokenize_pairs(load_pairs(data)["train"], tokenizer, data, "train").to_list()
-        streamed, batches = [], StreamedBatches(open_stream(data), tokenizer, data, max_tokens=100, length=1000)
+        streamed, batches = (
+            [],
+            StreamedBatches(open_stream(data), tokenizer, Corpus("train", data), max_tokens=100, length=1000),
+        )
         for batch in batches:
             if batch["position"]["epoch"]:
                 break
@@ -352,7 +358,7 @@ class TestData:
         found = rows([("en", "de")], range(3))
         path = write_rows(tmp_path / "train.jsonl", [*found[:2], found[2] | {"to": "xx"}])
         data = DataArguments(train_file=[str(path)], source_lang_column="from", target_lang_column="to")
-        batches = StreamedBatches(open_stream(data), multilingual(), data, max_tokens=100, length=9)
+        batches = StreamedBatches(open_stream(data), multilingual(), Corpus("train", data), max_tokens=100, length=9)
         with pytest.raises(DataError, match="train: target_lang=xx is unknown: the model translates into de, en, fr"):
             next(iter(batches))
 
@@ -500,6 +506,126 @@ class TestTrainingFurther:
         unnamed = command_line(tmp_path, model=finished, output_dir=tmp_path / "other", **fields, **self.sizes())
         with pytest.raises(DataError, match="target_lang is not given, but the model translates into de, en, fr"):
             train.prepare(parse_recipe(unnamed))
+
+
+CORPORA = """
+corpora:
+  to_german: {train_file: [en.de.en, en.de.de], source_lang: en, target_lang: de}
+  to_french: {train_file: [en.fr.en, en.fr.fr], source_lang: en, target_lang: fr}
+  both: {train_file: both.jsonl}
+source_lang_column: from
+target_lang_column: to
+validation_file: valid.jsonl
+"""
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    """Writes the files of three corpora, two of them parallel text, and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    for target in ("de", "fr"):
+        found = rows([("en", target)], range(12))
+        Path(f"en.{target}.en").write_text("".join(f"{row['source']}\n" for row in found))
+        Path(f"en.{target}.{target}").write_text("".join(f"{row['target']}\n" for row in found))
+    write_rows(tmp_path / "both.jsonl", rows([("de", "en"), ("fr", "en")], range(12, 24)))
+    write_rows(tmp_path / "valid.jsonl", rows([("en", "de"), ("de", "fr")], range(3)))
+
+    def prepare(text: str = CORPORA, **fields):
+        Path("recipe.yaml").write_text(text)
+        given = {**RECIPE, "output_dir": "run", **fields}
+        return train.prepare(parse_recipe(["recipe.yaml", *(str(w) for n, v in given.items() for w in (f"--{n}", v))]))
+
+    return prepare
+
+
+class TestCorpora:
+    def expected(self, run):
+        """The ids of all training rows, by hand."""
+        found = [*rows([("en", "de")], range(12)), *rows([("en", "fr")], range(12))]
+        found += rows([("de", "en"), ("fr", "en")], range(12, 24))
+        plain = copy.deepcopy(run.tokenizer)
+        return [
+            {
+                "input_ids": [
+                    run.tokenizer.lang_code_to_id[row["to"]],
+                    *plain(row["source"], add_special_tokens=False)["input_ids"],
+                    run.tokenizer.eos_token_id,
+                ],
+                "labels": [
+                    *plain(row["target"], add_special_tokens=False)["input_ids"],
+                    run.tokenizer.eos_token_id,
+                ],
+            }
+            for row in found
+        ]
+
+    def test_each_corpus_names_its_direction_for_all_rows_or_by_columns(self, corpora):
+        run = corpora()
+        assert (run.tokenizer.languages, run.tokenizer.source_languages) == (["de", "en", "fr"], ["de", "en", "fr"])
+        assert run.rows["train"].select_columns(["input_ids", "labels"]).to_list() == self.expected(run)
+        valid = run.rows["validation"].to_list()
+        assert [row["input_ids"][0] for row in valid] == [
+            run.tokenizer.lang_code_to_id[language] for language in ("de", "de", "de", "fr", "fr", "fr")
+        ]
+        assert set(zip(run.pairs["train"]["source_lang"], run.pairs["train"]["target_lang"], strict=True)) == {
+            ("en", "de"), ("en", "fr"), ("de", "en"), ("fr", "en"),
+        }  # fmt: skip
+
+    def test_transformed_text_keeps_its_language(self, corpora):
+        run = corpora(
+            CORPORA.replace("{train_file: both.jsonl}", "{train_file: both.jsonl, transforms: {uppercase: 1}}")
+        )
+        (mixed,) = training_rows(run.recipe, run.rows["train"], run.tokenizer)
+        anew = [mixed.rows[number] for number in range(24, 48)]
+        for row, changed in zip(self.expected(run)[24:], anew, strict=True):
+            assert changed["input_ids"][0] == row["input_ids"][0]
+            text = run.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+            assert run.tokenizer.decode(changed["input_ids"], skip_special_tokens=True) == text.upper()
+
+    def test_streams_give_the_same_rows(self, corpora):
+        text = CORPORA.replace(", source_lang", ", weight: 1, source_lang").replace(
+            "both.jsonl}", "both.jsonl, weight: 2}"
+        )
+        run = corpora(
+            f"{text}streaming: true\n", max_steps=6, shuffle_buffer=48, max_source_length=99, max_target_length=99
+        )
+        (batches,) = run.rows["train"]
+        found = [row for batch in batches for row in batch["rows"]]
+        known = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in self.expected(run)}
+        seen = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in found}
+        assert len(seen) > 20
+        assert seen <= known
+        assert {ids[0] for ids, _ in seen} == set(run.tokenizer.lang_code_to_id.values())
+
+    def test_corpora_of_one_direction_need_no_token(self, corpora):
+        text = CORPORA.split("  to_french")[0] + "validation_file: valid.jsonl\n"
+        assert corpora(text).tokenizer.languages == []
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            (
+                ", source_lang: en, target_lang: fr", "",
+                "corpora: to_french: train: there is no column 'from': name one of source, target",
+            ),
+            (
+                "target_lang_column: to\n", "",
+                "corpora: both: source_lang_column=from names one language of each row, but the other is not given",
+            ),
+            (
+                "  both: {train_file: both.jsonl}\nsource_lang_column: from\ntarget_lang_column: to\n", "",
+                "validation: the training data has several directions, but the validation rows do not name theirs",
+            ),
+            (
+                "source_lang_column: from\ntarget_lang_column: to\n", "",
+                "corpora: both: the corpora have several directions, but this one does not name its own",
+            ),
+        ],
+    )  # fmt: skip
+    def test_a_direction_that_is_not_named_is_asked_for(self, corpora, old, new, message):
+        assert old in CORPORA
+        with pytest.raises(UserError, match=message):
+            corpora(CORPORA.replace(old, new))
 
 
 class TestTranslate:

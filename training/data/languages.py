@@ -176,11 +176,11 @@ def refuse_unknown_languages(pairs: DatasetDict, tokenizer: PreTrainedTokenizerB
     """
     for split, rows in pairs.items():
         if isinstance(rows, Dataset) and has_languages(rows):
-            refuse_unknown(tokenizer, rows[LANGUAGES[1]], lambda number, split=split: f"{split}, row {number}: ")
+            refuse_unknown(tokenizer, rows[LANGUAGES[1]], f"{split}, row {{}}: ".format)
 
 
 def refuse_unknown(
-    tokenizer: PreTrainedTokenizerBase, languages: Iterable[str], place: Callable[[int], str] = lambda number: ""
+    tokenizer: PreTrainedTokenizerBase, languages: Iterable[str], place: Callable[[int], str] = "".format
 ) -> None:
     """
     Args:

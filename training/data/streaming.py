@@ -253,7 +253,7 @@ class CorpusStream:
             drawn = [(read + row) * self.num_processes + self.process_index for _, _, row in kept]
             sides = transform_batch(self.corpus, columns, drawn, self.seed, epoch)
         languages = columns.get(LANGUAGES[1])
-        refuse_unknown(self.tokenizer, languages or ())
+        refuse_unknown(self.tokenizer, languages or (), "train: ".format)
         encoded = encode_pairs(self.tokenizer, *sides, self.corpus.data, languages=languages)
         # 32 bits a token, where a list takes 64 for each and more for the numbers.
         ids = ([np.array(row, dtype=np.int32) for row in encoded[name]] for name in SIDES_OF_IDS)

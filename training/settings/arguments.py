@@ -174,6 +174,19 @@ class DataArguments:
             if isinstance(files := getattr(self, name), str):
                 setattr(self, name, [files])
 
+    @property
+    def direction(self) -> tuple[str | None, str | None]:
+        """The codes of the source and target languages of all rows, as far as they are named."""
+        if self.dataset and self.dataset.startswith(PHRASEBOOK):
+            source, _, target = self.dataset.removeprefix(PHRASEBOOK).partition("-")
+            return self.source_lang or source, self.target_lang or target
+        return self.source_lang, self.target_lang
+
+    @property
+    def names_languages(self) -> bool:
+        """Whether each row names one of its languages at least."""
+        return bool(self.source_lang_column or self.target_lang_column)
+
 
 @dataclass
 class MixtureArguments:
@@ -201,19 +214,6 @@ class MixtureArguments:
         default=None,
         metadata={"help": "changes of training text, drawn anew in each epoch: a mapping of names to rates"},
     )
-
-    @property
-    def direction(self) -> tuple[str | None, str | None]:
-        """The codes of the source and target languages of all rows, as far as they are named."""
-        if self.dataset and self.dataset.startswith(PHRASEBOOK):
-            source, _, target = self.dataset.removeprefix(PHRASEBOOK).partition("-")
-            return self.source_lang or source, self.target_lang or target
-        return self.source_lang, self.target_lang
-
-    @property
-    def names_languages(self) -> bool:
-        """Whether each row names one of its languages at least."""
-        return bool(self.source_lang_column or self.target_lang_column)
 
 
 @dataclass

@@ -163,6 +163,13 @@ OVERRIDDEN = {
         "_add_tokens(self, new_tokens, special_tokens=False)": (
             "text may write the tokens that a user adds, but not <s>, </s> and <pad>; the library splits all or none"
         ),
+        "_encode_plus(self, text, text_pair=None, add_special_tokens=True, padding_strategy="
+        "<PaddingStrategy.DO_NOT_PAD: 'do_not_pad'>, truncation_strategy="
+        "<TruncationStrategy.DO_NOT_TRUNCATE: 'do_not_truncate'>, max_length=None, stride=0, "
+        "is_split_into_words=False, pad_to_multiple_of=None, padding_side=None, return_tensors=None, "
+        "return_token_type_ids=None, return_attention_mask=None, return_overflowing_tokens=False, "
+        "return_special_tokens_mask=False, return_offsets_mapping=False, return_length=False, verbose=True, "
+        "split_special_tokens=None, **kwargs)": ("puts the token of each row's own target language before its source"),
         "_decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs)": (
             "skips the tokens that a user adds as special ones"
         ),

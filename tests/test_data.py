@@ -12,7 +12,6 @@ from datasets import Dataset, Features, Translation
 from vanilla_transformer import train_tokenizer
 from vanilla_transformer.training.data.filters import FilterReport
 from vanilla_transformer.training.data.pairs import (
-    language_pair,
     load_pairs,
     tokenize_pairs,
     training_texts,
@@ -112,7 +111,7 @@ def test_the_phrasebook_is_a_dataset():
     pairs = load_pairs(data)
     assert {split: len(rows) for split, rows in pairs.items()} == {"train": 40, "validation": 5, "test": 5}
     assert all(rows_of(rows) for rows in pairs.values())
-    assert language_pair(data) == ("en", "de")
+    assert data.direction == ("en", "de")
 
 
 def test_paths_take_environment_variables_and_the_home_folder(folder, monkeypatch):
@@ -381,8 +380,8 @@ def test_training_texts_are_both_sides():
 
 
 def test_languages_are_told_by_the_arguments():
-    assert language_pair(DataArguments(source_lang="en", target_lang="fr")) == ("en", "fr")
-    assert language_pair(DataArguments(dataset="some/set")) == (None, None)
+    assert DataArguments(source_lang="en", target_lang="fr").direction == ("en", "fr")
+    assert DataArguments(dataset="some/set").direction == (None, None)
 
 
 @pytest.mark.skipif("MULTI30K_DIR" not in os.environ, reason="MULTI30K_DIR does not name the folder of Multi30k")

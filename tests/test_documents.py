@@ -65,7 +65,10 @@ def saved_model(tmp_path):
         encoder_ffn_dim=16,
         decoder_ffn_dim=16,
     )
-    for name in ("quickstart", "en-fr"):
+    for name in ("quickstart", "en-fr", "many"):
+        if name == "many":
+            tokenizer.add_languages(["de", "fr"], ["en"])
+            config.vocab_size = config.decoder_vocab_size = len(tokenizer)
         VanillaTransformerForConditionalGeneration(config).save_pretrained(tmp_path / "runs" / name)
         tokenizer.save_pretrained(tmp_path / "runs" / name)
     return tmp_path
@@ -92,11 +95,13 @@ def test_each_recipe_of_the_training_guide_is_understood(recipe, tmp_path):
 def test_each_training_command_of_the_documents_is_understood(line, saved_model, monkeypatch):
     monkeypatch.chdir(saved_model)
     (saved_model / "runs" / "en-fr" / "recipe.yaml").write_text("dataset: phrasebook:en-fr\noutput_dir: runs/en-fr\n")
-    (saved_model / "mine.yaml").write_text(RECIPES[0], encoding="utf-8")
+    whole = [recipe for recipe in RECIPES if "output_dir" in recipe]
+    for name, recipe in zip(("mine.yaml", "many.yaml"), whole, strict=True):
+        (saved_model / name).write_text(recipe, encoding="utf-8")
     words = shlex.split(TRAIN_PROGRAM.split(line, maxsplit=1)[1], comments=True)
     recipe = parse_recipe([word for word in words if word != "&&"])
     assert recipe.training.output_dir
-    assert recipe.data.dataset or recipe.data.train_file
+    assert recipe.data.dataset or recipe.data.train_file or recipe.mixture.corpora
 
 
 def test_the_translate_command_of_the_readme_runs(saved_model):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 
+from .data.languages import multilingual, target_languages
 from .data.pairs import SPLITS, load_pairs, references_of
 from .data.reading.lines import read_lines
 from .differences import SUFFIXES, Difference, find_differences, format_differences, write_differences
@@ -89,13 +90,16 @@ class System(NamedTuple):
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
 
-    def translate(self, sources: list[str], batch_tokens: int, **decoding) -> list[str]:
-        """One translation for each source."""
+    def translate(self, pairs: Dataset, data: DataArguments, batch_tokens: int, **decoding) -> list[str]:
+        """One translation for each row, into the language that the row names, or else `data`."""
         if self.texts is not None:
             return self.texts
         assert self.model is not None
         assert self.tokenizer is not None
-        return translate(self.model, self.tokenizer, sources, batch_tokens, **decoding)
+        languages: dict = target_languages(pairs)
+        if not languages and multilingual(self.tokenizer):
+            languages = {"tgt_lang": data.direction[1]}
+        return translate(self.model, self.tokenizer, list(pairs["source"]), batch_tokens, **languages, **decoding)
 
 
 def open_system(name: str, rows: int) -> System:
@@ -242,7 +246,7 @@ def main(argv: list[str]) -> None:
 
     # 2. translations
     decoding = arguments.generation_options()
-    ours, *theirs = (system.translate(list(pairs["source"]), arguments.batch_tokens, **decoding) for system in systems)
+    ours, *theirs = (system.translate(pairs, data, arguments.batch_tokens, **decoding) for system in systems)
 
     # 3. scores
     results = score_rows(ours, pairs, scoring.bleu_tokenize, scoring.metrics)

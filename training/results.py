@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from vanilla_transformer.tokenization_units import kind_of_tokens
 
-from .data.pairs import language_pair
+from .data.languages import multilingual, target_languages, trained_on
 from .files import write_beside
 from .loop.stages import MixtureTrainer
 from .loop.trainer import TranslationTrainer
@@ -39,11 +39,18 @@ def score_run(
     split = next(name for name in ("test", "validation", "train") if name in pairs)
     sources, references = list(pairs[split]["source"]), list(pairs[split]["target"])
     tokenizer, batch_tokens = trainer.processing_class, recipe.training.per_device_eval_batch_tokens
-    translations = translate(model, tokenizer, sources, batch_tokens)
+    languages = target_languages(pairs[split])
+    translations = translate(model, tokenizer, sources, batch_tokens, **languages)
     given = public(recipe.given)
     metrics: dict[str, Any] = {
         "scored_split": split,
-        **score_rows(translations, pairs[split], recipe.decoding.bleu_tokenize, recipe.decoding.metrics),
+        **score_rows(
+            translations,
+            pairs[split],
+            recipe.decoding.bleu_tokenize,
+            recipe.decoding.metrics,
+            trained_on(pairs["train"]),
+        ),
         "num_beams": model.generation_config.num_beams,
         "parameters": model.num_parameters(),
         "data_name": recipe.data.data_name
@@ -56,6 +63,8 @@ def score_run(
         "example_source": sources[0],
         "example_translation": translations[0],
     }
+    if languages:
+        metrics["example_language"] = languages["tgt_lang"][0]
     return metrics, list(zip(sources, translations, references, strict=True))[:SHOWN]
 
 
@@ -93,6 +102,11 @@ def training_summary(trainer: TranslationTrainer) -> dict[str, Any]:
     }
 
 
+def languages_of(tokenizer: Any) -> tuple[list[str], list[str]]:
+    """The source and the target languages of a tokenizer that has several."""
+    return tokenizer.source_languages, tokenizer.languages
+
+
 def write_documents(
     recipe: Recipe, trainer: TranslationTrainer, model: PreTrainedModel, metrics: dict[str, Any]
 ) -> None:
@@ -101,10 +115,12 @@ def write_documents(
     write_beside(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     metric = (recipe.training.metric_for_best_model or "bleu").removeprefix("eval_")
     draw_loss_curve(trainer.state.log_history, metric, folder / "loss_curve.png")
+    tokenizer = trainer.processing_class
     names = {
         "hub_model_id": recipe.training.hub_model_id,
         "base_model": given.get("model"),
-        "tokens": kind_of_tokens(trainer.processing_class),
+        "tokens": kind_of_tokens(tokenizer),
     }
-    card = model_card(model, language_pair(recipe.data), metrics, lasting(given), str(folder), **names)
+    languages = languages_of(tokenizer) if multilingual(tokenizer) else recipe.data.direction
+    card = model_card(model, languages, metrics, lasting(given), str(folder), **names)
     write_beside(folder / "README.md", str(card))

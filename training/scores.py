@@ -1,17 +1,24 @@
 """The scores of a system on held-out rows: of all rows, with confidence intervals, and of each group of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from datasets import Dataset
 
+from .data.languages import direction_names
 from .data.pairs import groups_of, references_of
 from .metric_names import TITLES
 from .metrics import References, numbers, score_texts
 from .significance import confidence_intervals
 
 
-def score_rows(predictions: list[str], pairs: Dataset, bleu_tokenize: str, metrics: Sequence[str]) -> dict[str, Any]:
+def score_rows(
+    predictions: list[str],
+    pairs: Dataset,
+    bleu_tokenize: str,
+    metrics: Sequence[str],
+    trained: Collection[tuple[str, str]] | None = None,
+) -> dict[str, Any]:
     """
     Scores translations of these rows.
 
@@ -20,12 +27,13 @@ def score_rows(predictions: list[str], pairs: Dataset, bleu_tokenize: str, metri
         pairs: the rows, as `load_pairs` gives them.
         bleu_tokenize: sacrebleu's tokenizer for BLEU.
         metrics: names of metrics.
+        trained: the directions that the model was trained on, as far as they are known. Others are called zero-shot.
 
     Returns:
         `scores`, with sacrebleu's signatures; their `confidence` (significance.py), unless there are too many rows;
-        and, where the rows have groups, the scores of each of the `groups`.
+        and, if the rows have groups (by `group_column`) or name their directions, the scores of each of the `groups`.
     """
-    references, groups = references_of(pairs), groups_of(pairs)
+    references, groups = references_of(pairs), groups_of(pairs) or direction_names(pairs, trained)
     results: dict[str, Any] = {"scores": score_texts(predictions, references, bleu_tokenize, metrics)}
     if confidence := confidence_intervals(predictions, references, bleu_tokenize, metrics):
         results["confidence"] = confidence

@@ -1,6 +1,6 @@
 """Translates texts with a model: to token ids, in batches of similar length through `generate()`, and back to text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from vanilla_transformer.engine_choice import Engine
 from vanilla_transformer.loading import text_fault
 from vanilla_transformer.pipeline_batches import batches_by_length, longest_sentence
 
+from .data.languages import checked_languages
 from .errors import DataError
 
 
@@ -24,7 +25,12 @@ class Hypothesis(NamedTuple):
 
 
 def translate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_tokens: int = 4096, **options
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_tokens: int = 4096,
+    tgt_lang: str | Sequence[str] | None = None,
+    **options,
 ) -> list[str]:
     """
     Translates texts in batches of similar length, with a progress bar.
@@ -34,15 +40,16 @@ def translate(
         texts: one source each; an empty one has the empty translation.
         batch_tokens: source tokens, padding included, of the sentences that are translated together; a longer sentence
             is translated alone.
+        tgt_lang: as in `encode`.
         options: arguments of `generate()`.
 
     Returns:
         One translation for each text, in the order of the texts.
 
     Raises:
-        DataError: a text is longer than learned positions reach, or holds half of a surrogate pair.
+        DataError: as in `encode`.
     """
-    rows = encode(model, tokenizer, texts)
+    rows = encode(model, tokenizer, texts, tgt_lang=tgt_lang)
     with tqdm(total=len(rows), desc="translating", unit="lines", disable=None) as progress:
         found = translate_rows(model, tokenizer, rows, batch_tokens, progress=progress.update, **options)
     return [hypotheses[0].text for hypotheses in found]
@@ -70,20 +77,24 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     place: Callable[[int], str] = "text {}".format,
+    tgt_lang: str | Sequence[str] | None = None,
 ) -> list[list[int]]:
     """
     The token ids of each text, none for an empty one.
 
     Args:
         place: what an error calls the text of a number, from 1.
+        tgt_lang: the language to translate into, or one for each text. Default: the tokenizer's.
 
     Raises:
-        DataError: a text is longer than learned positions reach, or holds half of a surrogate pair.
+        DataError: a text is longer than learned positions reach, or holds half of a surrogate pair, or its language is
+            not given, or unknown to the tokenizer.
     """
     for number, text in enumerate(texts, start=1):
         if fault := text_fault(text):
             raise DataError(f"{place(number)} {fault}")
-    ids = tokenizer(texts, return_attention_mask=False)["input_ids"]
+    languages = checked_languages(tokenizer, tgt_lang, place)
+    ids = tokenizer(texts, return_attention_mask=False, **languages)["input_ids"]
     longest = longest_sentence(model.config)
     for number, row in enumerate(ids, start=1):
         if longest is not None and len(row) > longest:

@@ -6,7 +6,8 @@ length, and the translations are joined with the text's own white space.
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +23,8 @@ from .pipeline_sentences import as_one_sentence, space_after, split_sentences
 
 # Number of batches that are read ahead from a generator or a dataset, to sort their sentences by length.
 READ_AHEAD = 16
+# Options for models of several directions.
+LANGUAGES = ("src_lang", "tgt_lang")
 # Options that are refused, with the one value that is accepted (None: none) and the reason. Either generate() takes
 # them with an entry for each row, but the pipeline makes its own rows; or transformers 4's pipeline had them.
 NOT_TAKEN: dict[str, tuple[Any, str]] = {
@@ -37,20 +40,19 @@ NOT_TAKEN: dict[str, tuple[Any, str]] = {
     "return_tensors": (False, "can only be False: call the model's generate() for token ids"),
     "return_type": (1, "can only be 1, text: call the model's generate() for token ids"),
     "stop_sequence": (None, "is not supported: give its id as eos_token_id"),
-    **dict.fromkeys(
-        ("src_lang", "tgt_lang"),
-        (
-            None,
-            "is not supported: a model translates between the languages that it was trained on; if it was trained "
-            "with tags for several, write them into the text",
-        ),
-    ),
     "framework": ("pt", "can only be 'pt'"),
 }
 TRUNCATION = Rule(
     lambda value: value in (True, False, "longest_first", "only_first", "do_not_truncate"), "True or False"
 )
+LANGUAGE = Rule(
+    lambda value: (
+        isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value))
+    ),
+    "a language, or a list with one for each text",
+)
 OWN_OPTIONS = {
+    **dict.fromkeys(LANGUAGES, LANGUAGE),
     "split_sentences": FLAG,
     "batch_tokens": whole_number(1),
     "return_scores": FLAG,
@@ -80,13 +82,15 @@ class TranslationPipeline(Pipeline):
         num_return_sequences (`int`): if above 1, each input gives a list of its best translations. The second best
             joins the second best of each sentence, and so on.
         clean_up_tokenization_spaces (`bool`): as in the tokenizer's `decode`. Default: the tokenizer's.
+        src_lang, tgt_lang (`str`): for a model of several directions, the languages to translate from and into; or for
+            each input one, as a list. Default: those of the task's name, then those of the tokenizer.
         All other arguments of `generate()`, except those with an entry for each row (`decoder_input_ids`,
             `required_phrases`, `forbidden_phrases`).
-    Languages in the task's name (`"translation_en_to_de"`), as in transformers 4, have no effect.
+    Languages in the task's name (`"translation_en_to_de"`), as in transformers 4, have no effect on other models.
 
     Raises:
         ValueError: a sentence is too long for learned positions, a text has half of a surrogate pair, an option is
-            wrong, or the tokenizer belongs to another model.
+            wrong, a language is unknown or not given, or the tokenizer belongs to another model.
         TypeError: an input is not a string.
     """
 
@@ -99,6 +103,10 @@ class TranslationPipeline(Pipeline):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         refuse_other_tokenizer(self.tokenizer, self.model.config)
+        named = re.fullmatch(r"translation_(\w+)_to_(\w+)", self.task or "")
+        if named and getattr(self.tokenizer, "languages", []):
+            for name, language in zip(LANGUAGES, named.groups(), strict=True):
+                self._preprocess_params.setdefault(name, language)
 
     def __call__(self, inputs: str | Iterable[str], **options: Any) -> list | Iterator:
         # The base class looks for chat templates in the first element, which is missing here.
@@ -170,6 +178,8 @@ class TranslationPipeline(Pipeline):
         return_scores: bool | None = None,
         truncation: bool | str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
+        src_lang: str | Sequence[str] | None = None,
+        tgt_lang: str | Sequence[str] | None = None,
         **generate_options: Any,
     ) -> tuple[dict, dict, dict]:
         """Sorts the options by the stage that takes them."""
@@ -177,11 +187,15 @@ class TranslationPipeline(Pipeline):
             value = generate_options.pop(name, None)
             if value is not None and (harmless is None or value != harmless):
                 raise ValueError(f"{name} {why}")
-        preprocessing = {"split": split_sentences, "truncation": truncation}
+        languages = {"src_lang": src_lang, "tgt_lang": tgt_lang}
+        for name, given in languages.items():
+            if given is not None and not getattr(self.tokenizer, "languages", []):
+                raise ValueError(f"{name} is not supported: this model was not trained on several directions")
+        preprocessing = {"split": split_sentences, "truncation": truncation, **languages}
         own: dict[str, Any] = {"batch_tokens": batch_tokens, "return_scores": return_scores}
         decoding = {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
         refuse_wrong_values(
-            OWN_OPTIONS, {"split_sentences": split_sentences, "truncation": truncation, **own, **decoding}
+            OWN_OPTIONS, {"split_sentences": split_sentences, "truncation": truncation, **languages, **own, **decoding}
         )
         refuse_wrong_values(GENERATION_OPTIONS, generate_options)
         preprocess_params, own, postprocess_params = (
@@ -212,6 +226,7 @@ class TranslationPipeline(Pipeline):
         most = math.inf if isinstance(inputs, list) else READ_AHEAD * batch_tokens
         if isinstance(inputs, Dataset):
             inputs = DataLoader(inputs, batch_size=None, num_workers=num_workers)
+        refuse_other_number(preprocess_params, inputs)
         read, tokens = [], 0
         for number, text in enumerate(inputs, start=1):
             read.append(self._prepared(text, number, preprocess_params))
@@ -230,7 +245,12 @@ class TranslationPipeline(Pipeline):
             )
         if fault := text_fault(text):
             raise ValueError(f"text {number} {fault}")
-        prepared = self.preprocess(text, **preprocess_params)
+        languages = {
+            name: given if isinstance(given, str) else given[number - 1]
+            for name in LANGUAGES
+            if (given := preprocess_params.get(name)) is not None
+        }
+        prepared = self.preprocess(text, **{**preprocess_params, **languages})
         longest = longest_sentence(self.model.config)
         for sentence, ids in enumerate(prepared["input_ids"], start=1):
             if longest is not None and len(ids) > longest:
@@ -240,12 +260,15 @@ class TranslationPipeline(Pipeline):
                 )
         return prepared
 
-    def preprocess(self, text: str, split: bool = True, truncation: bool | str = False) -> dict[str, list]:
+    def preprocess(
+        self, text: str, split: bool = True, truncation: bool | str = False, **languages: str
+    ) -> dict[str, list]:
         """Splits a text into sentences with the white space after them (`pieces`), and tokenizes the non-empty ones."""
         pieces = split_sentences(text) if split else as_one_sentence(text)
         sentences = [sentence for sentence, _ in pieces if sentence]
         cut = {"truncation": truncation, "max_length": longest_sentence(self.model.config)} if truncation else {}
-        ids = self.tokenizer(sentences, return_attention_mask=False, **cut)["input_ids"] if sentences else []
+        options = {"return_attention_mask": False, **cut, **languages}
+        ids = self.tokenizer(sentences, **options)["input_ids"] if sentences else []
         return {"pieces": pieces, "input_ids": ids}
 
     def _translations(
@@ -302,6 +325,21 @@ class TranslationPipeline(Pipeline):
                 record["score"] = math.fsum(of[rank][1] for of in best)
             records.append(record)
         return records
+
+
+def refuse_other_number(preprocess_params: dict[str, Any], inputs: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: there is another number of languages than of inputs.
+    """
+    for name in LANGUAGES:
+        given = preprocess_params.get(name)
+        if given is None or isinstance(given, str):
+            continue
+        if not isinstance(inputs, list):
+            raise ValueError(f"{name} is a list, but the inputs are not: give one language for all")
+        if len(given) != len(inputs):
+            raise ValueError(f"{name} has {len(given)} languages for {len(inputs)} texts: give one for each")
 
 
 class _CharacterStreamer(TextIteratorStreamer):

@@ -10,7 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+
+from .tokenization_languages import MultilingualTokenizer, language_token
 
 
 # In the order of their ids, 0 to 3, which are the defaults of VanillaTransformerConfig.
@@ -23,10 +24,11 @@ MOST_IDS = 2**31
 SEPARATORS = {normalizers.Prepend: "", type(None): " "}
 
 
-class VanillaTransformerTokenizer(PreTrainedTokenizerFast):
+class VanillaTransformerTokenizer(MultilingualTokenizer):
     """
-    A tokenizer that never finds SPECIAL_TOKENS in text, but does find tokens added by the user: a language tag, added
-    by `add_tokens(["<2de>"], special_tokens=True)` or `add_special_tokens`, is one token wherever it occurs.
+    A tokenizer that never finds SPECIAL_TOKENS and the tokens of its `languages` in text, but does find tokens added by
+    the user: a tag, added by `add_tokens(["<formal>"], special_tokens=True)` or `add_special_tokens`, is one token
+    wherever it occurs.
 
     The `tokenizers` library splits all special tokens or none (`split_special_tokens`). So this class adds a user's
     special tokens to it as ordinary ones. If a saved folder is loaded without this package, they are ordinary too: then
@@ -35,6 +37,7 @@ class VanillaTransformerTokenizer(PreTrainedTokenizerFast):
 
     def _add_tokens(self, new_tokens: list[str] | list[AddedToken], special_tokens: bool = False) -> int:
         own = {str(token) for name in SPECIAL_TOKENS if (token := self._special_tokens_map[name]) is not None}
+        own |= set(map(language_token, self.languages))
         added = []
         for token in new_tokens:
             if isinstance(token, str):

@@ -6,7 +6,7 @@ from .parser import CommandParser
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Labels of sizes -> the fields of the config for encoder and decoder.
 SIZES = {
@@ -43,11 +43,19 @@ def main(argv: list[str]) -> None:
         "norms": "before the sub-layers" if config.normalize_before else "after the sub-layers, as in the paper",
         "positions": config.position_embedding_type,
         "vocabulary": f"{len(tokenizer):,} {kind_of_tokens(tokenizer)}",
+        **languages_in_words(tokenizer),
         "decoding": ", ".join(f"{name}={decoding[name]}" for name in DECODING if decoding.get(name) is not None),
         "machine": machine(),
         **{f"engine, {kind}": engine_in_words(model, kind) for kind in COMPUTE_TYPES},
     }
     print("\n".join(f"{name:18}{value}" for name, value in lines.items()))
+
+
+def languages_in_words(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """The languages of a model of several directions."""
+    if not (targets := getattr(tokenizer, "languages", [])):
+        return {}
+    return {"languages": f"from {', '.join(tokenizer.source_languages)} into {', '.join(targets)}"}
 
 
 def engine_in_words(model: "PreTrainedModel", compute_type: str) -> str:

@@ -52,8 +52,8 @@ class Parts:
             write_beside(self.settings, json.dumps(settings))
         begun = json.loads(self.settings.read_text(encoding="utf-8"))
         for name, value in settings.items():
-            if begun[name] != value:
-                found = f"with {name}={begun[name]}, but this run has {name}={value}"
+            if begun.get(name) != value:
+                found = f"with {name}={begun.get(name)}, but this run has {name}={value}"
                 if name == "model":
                     found = "with another model (its weights, vocabulary or decoding settings differ)"
                 raise UserError(f"{self.folder} holds a translation that was begun {found}: {ADVICE}")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vanilla_transformer.tokenization_units import kind_of_tokens
 from vanilla_transformer.training.data.pairs import load_pairs
-from vanilla_transformer.training.data.rows import learn_tokenizer, training_split
+from vanilla_transformer.training.data.rows import extend_tokenizer, learn_tokenizer, training_split
 from vanilla_transformer.training.errors import UserError
 from vanilla_transformer.training.files import make_sure_of_folder
 from vanilla_transformer.training.settings.arguments import DataArguments, TokenizerArguments
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
 
     # 3. its vocabulary
     tokenizer = learn_tokenizer(options, train)
+    extend_tokenizer(tokenizer, options, data, train)
 
     # 4. a folder for AutoTokenizer
     tokenizer.save_pretrained(Path(output.output_dir))

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from .parser import CommandParser
 # Options passed to `generate()` if they are given.
 OPTIONS = ("num_beams", "length_penalty", "max_new_tokens", "compute_type", "compiled")
 # Settings that must not change when a translation is resumed.
-SETTINGS = (*OPTIONS, "n_best", "scores", "window")
+SETTINGS = (*OPTIONS, "n_best", "scores", "window", "source_lang", "target_lang", "target_lang_column")
 # How long processes wait for the slowest: in effect, forever.
 PATIENCE = timedelta(days=365)
 
@@ -43,6 +43,14 @@ def build_parser() -> CommandParser:
         help="column of the source, if --input is .tsv, .csv or .jsonl (without a header: its number)",
     )
     parser.add_argument("--output", default="-", help="text file to write (default: standard output)")
+    parser.add_argument("--source_lang", help="language of the input, for a model of several directions")
+    parser.add_argument("--target_lang", help="language to translate into, for a model of several directions")
+    parser.add_argument(
+        "--target_lang_column",
+        type=int,
+        choices=(1, 2),
+        help="the input has two columns separated by a tab; this one is each line's language to translate into",
+    )
     parser.add_argument(
         "--batch_tokens",
         type=int,
@@ -134,6 +142,29 @@ def windows(lines: Iterable[str], size: int) -> Iterator[list[str]]:
     return iter(lambda: list(islice(lines, size)), [])
 
 
+def split_columns(lines: list[str], column: int, place: Callable[[int], str]) -> tuple[list[str], list[str]]:
+    """
+    Splits lines of two columns.
+
+    Args:
+        column: the one, 1 or 2, that holds the languages. The other holds the texts.
+        place: what an error calls the line of a number, from 1.
+
+    Returns:
+        The languages and the texts; both are empty for a blank line.
+
+    Raises:
+        DataError: a line has another number of columns.
+    """
+    from vanilla_transformer.training.errors import DataError
+
+    rows = [line.split("\t") if line.strip() else ["", ""] for line in lines]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 2:
+            raise DataError(f"{place(number)} has {len(row)} columns, but --target_lang_column needs two, with a tab")
+    return [row[column - 1] for row in rows], [row[2 - column] for row in rows]
+
+
 class Translator:
     """
     Translates windows of lines with the command line's settings, and shows the progress.
@@ -150,6 +181,7 @@ class Translator:
     def __init__(self, arguments: argparse.Namespace, total: int | None, processes: Any):
         from tqdm.auto import tqdm
 
+        from vanilla_transformer.training.data.languages import multilingual
         from vanilla_transformer.training.errors import UserError
         from vanilla_transformer.training.saved_model import load_model
         from vanilla_transformer.training.translator import engine_for
@@ -157,14 +189,24 @@ class Translator:
         self.arguments = arguments
         self.model, self.tokenizer = load_model(arguments.model)
         self.options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+        languages = {"src_lang": arguments.source_lang, "tgt_lang": arguments.target_lang}
+        self.languages = {name: code for name, code in languages.items() if code is not None}
+        if arguments.target_lang and arguments.target_lang_column:
+            raise UserError(
+                f"target_lang={arguments.target_lang} and target_lang_column are both given: leave one of them out"
+            )
+        if arguments.target_lang_column and not multilingual(self.tokenizer):
+            raise UserError("target_lang_column is given, but the model translates in one direction only")
         self.with_scores = arguments.scores or arguments.n_best is not None
         beams = self.options.get("num_beams", self.model.generation_config.num_beams or 1)
         if self.with_scores and beams < 2:
             raise UserError(f"num_beams={beams} gives no scores: --scores and --n_best need --num_beams 2 or more")
         if (arguments.n_best or 1) > beams:
             raise UserError(f"--n_best {arguments.n_best} is more than num_beams={beams}: raise --num_beams")
-        # What this machine does not support is reported before anything is translated.
+        # What the model or this machine does not support is reported before anything is translated.
         try:
+            if self.languages:
+                self.tokenizer("", **self.languages)
             engine_for(self.model, **self.options)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -193,13 +235,23 @@ class Translator:
             The text to write, and the numbers, from 1, of the lines whose best translation reached the maximum length.
 
         Raises:
-            DataError: a line has more tokens than learned positions.
+            DataError: a line has more tokens than learned positions, or has no language that the model knows.
         """
         from vanilla_transformer.training.translator import encode, translate_rows
 
         name = "standard input" if self.arguments.input == "-" else self.arguments.input
         first = number * self.arguments.window
-        rows = encode(self.model, self.tokenizer, lines, lambda line: f"{name}, line {first + line}")
+
+        def place(line: int) -> str:
+            return f"{name}, line {first + line}"
+
+        languages: str | list[str] | None = self.arguments.target_lang
+        if self.arguments.target_lang_column:
+            languages, lines = split_columns(lines, self.arguments.target_lang_column, place)
+            # A blank text needs no language, and stays blank.
+            some = self.tokenizer.languages[0]
+            languages = [code if text.strip() else some for code, text in zip(languages, lines, strict=True)]
+        rows = encode(self.model, self.tokenizer, lines, place, languages)
         found = translate_rows(
             self.model,
             self.tokenizer,

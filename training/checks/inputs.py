@@ -13,6 +13,7 @@ from datasets import Dataset
 from vanilla_transformer.generation_vanilla_transformer import MAX_EXTRA_TOKENS
 from vanilla_transformer.tokenization_units import kind_of_tokens
 
+from ..data.languages import target_languages
 from ..findings import Finding, error, ok, warning
 from ..loop.checkpoints import DATA_NAME
 from ..settings.rules import check_fields
@@ -76,7 +77,7 @@ def check_vocabulary(run: Run) -> Iterator[Finding]:
     special = {part: getattr(tokenizer, f"{part}_token_id") for part in ("pad", "bos", "eos", "unk")}
     numbers = ", ".join(f"{part} {number}" for part, number in special.items())
     asked = run.recipe.tokenizer.vocab_size
-    exact = run.recipe.tokenizer.tokenizer or run.recipe.tokenizer.units or len(tokenizer) >= asked
+    exact = run.recipe.tokenizer.tokenizer or run.recipe.tokenizer.units or tokenizer.vocab_size >= asked
     few = "" if exact else f" (the text has fewer than {asked:,})"
     yield ok("vocabulary", f"{len(tokenizer):,} {kind_of_tokens(tokenizer)}{few}; {numbers}")
 
@@ -147,7 +148,9 @@ def check_positions(run: Run) -> Iterator[Finding]:
     limit = run.model.config.max_position_embeddings
     longest = {split: longest_rows(found) for split, found in run.lengths.items()}
     if "test" in run.pairs:
-        ids = run.tokenizer(list(run.pairs["test"]["source"]), return_attention_mask=False)["input_ids"]
+        test = run.pairs["test"]
+        options = {"return_attention_mask": False, **target_languages(test)}
+        ids = run.tokenizer(list(test["source"]), **options)["input_ids"]
         longest["test"] = np.array([len(row) for row in ids])
     for split, found in longest.items():
         if found.max() > limit:

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..settings.arguments import DataArguments
-from ..settings.corpora import Corpus, naming
+from ..settings.corpora import Corpus, naming, several_directions
 from .filters import FilterReport
+from .languages import LANGUAGES, has_languages, with_languages
 from .pairs import SIDES, SPLITS, load_pairs, tokenize_pairs
 from .streaming import open_stream
 
@@ -53,7 +54,8 @@ def load_corpora(corpora: Sequence[Corpus], reports: Sequence[FilterReport]) -> 
             found = load_pairs(corpus.data, report, SPLITS[:1], corpus.columns)
             if "train" not in found:
                 raise DataError(f"{corpus.data.dataset} has no train split")
-            texts.append(found["train"])
+            several = several_directions(corpora)
+            texts.append(with_languages(found["train"], corpus.data) if several else found["train"])
     return texts
 
 
@@ -79,7 +81,9 @@ def take_turns(corpora: Sequence[Corpus]) -> Iterator[dict[str, str]]:
 
     def rows_of(corpus: Corpus) -> Iterator[dict[str, str]]:
         with naming(corpus):
-            yield from open_stream(corpus.data)
+            direction = dict(zip(LANGUAGES, corpus.data.direction, strict=True)) if several_directions(corpora) else {}
+            for row in open_stream(corpus.data):
+                yield direction | row
 
     for rows in zip_longest(*map(rows_of, corpora)):
         yield from filter(None, rows)
@@ -87,7 +91,8 @@ def take_turns(corpora: Sequence[Corpus]) -> Iterator[dict[str, str]]:
 
 def join_texts(texts: Sequence[Dataset]) -> Dataset:
     """The text of all corpora, one after the other."""
-    return concatenate_datasets([text.select_columns(list(SIDES)) for text in texts])
+    columns = [*SIDES, *(LANGUAGES if has_languages(texts[0]) else ())]
+    return concatenate_datasets([text.select_columns(columns) for text in texts])
 
 
 def tokenize_corpora(

@@ -1,11 +1,13 @@
 """Text of a corpus as ids."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..settings.arguments import DataArguments
+from .languages import multilingual
 
 
 # The columns of a side's ids -> the columns of its words' lengths in tokens.
@@ -24,6 +26,7 @@ def encode_pairs(
     targets: list[str],
     data: DataArguments,
     with_words: bool = False,
+    languages: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """
     Turns pairs of one corpus into ids.
@@ -34,14 +37,17 @@ def encode_pairs(
         targets: their translations.
         data: the fields of the corpus.
         with_words: whether BPE-dropout needs the lengths of the words.
+        languages: each row's target language, if the rows name it. Otherwise a tokenizer with languages takes that of
+            `data`, or its default.
 
     Returns:
         `input_ids` and `labels`, and perhaps the columns of WORDS.
     """
     if not sources:
         return {name: [] for name in (*WORDS, *(WORDS.values() if with_words else ()))}
+    direction = {"tgt_lang": languages or data.direction[1]} if multilingual(tokenizer) else {}
     sides = {
-        "input_ids": tokenizer(sources, return_attention_mask=False),
+        "input_ids": tokenizer(sources, return_attention_mask=False, **direction),
         "labels": tokenizer(text_target=targets, return_attention_mask=False),
     }
     columns = {name: side["input_ids"] for name, side in sides.items()}

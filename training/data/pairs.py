@@ -24,7 +24,7 @@ from vanilla_transformer.loading import text_fault
 from ..errors import DataError
 from ..files import missing
 from ..model_names import is_path
-from ..settings.arguments import DataArguments
+from ..settings.arguments import PHRASEBOOK, DataArguments
 from ..settings.corpora import Corpus
 from ..settings.rules import check_data
 from ..words import counted
@@ -39,6 +39,7 @@ from .filters import (
     ratio_limit,
     text_tests,
 )
+from .languages import LANGUAGES, language_fault, with_languages
 from .reading.formats import DOCUMENTS, read_rows, suffix_of
 from .reading.lines import read_parallel_lines
 from .transforms import PLANNED, transform_batch
@@ -53,7 +54,6 @@ SPLITS = ("train", "validation", "test")
 SIDES = ("source", "target")
 # The column with the group of each row, of those that are scored.
 GROUP = "group"
-PHRASEBOOK = "phrasebook:"
 # Without a validation split, at most every 20th training row and at most 1,000 rows are held out.
 LEAST_STEP, MOST_HELD_OUT = 20, 1000
 # A column of a `translation`, which may lie in another column.
@@ -110,14 +110,6 @@ def load_pairs(
     if report is None and "train" in pairs:
         _log(filters)
     return pairs
-
-
-def language_pair(data: DataArguments) -> tuple[str | None, str | None]:
-    """The codes of the source and target languages, if `data` names them."""
-    if data.dataset and data.dataset.startswith(PHRASEBOOK):
-        source, _, target = data.dataset.removeprefix(PHRASEBOOK).partition("-")
-        return data.source_lang or source, data.target_lang or target
-    return data.source_lang, data.target_lang
 
 
 def training_texts(pairs: Dataset | datasets.IterableDataset) -> Iterator[str]:
@@ -223,13 +215,11 @@ def _clean(
     if not any(map(len, columns.values())):
         raise DataError(f"{split}: the data is empty, it has no rows")
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
-    names = choose_columns(list(columns), split, data)
-    sources, targets = (_rows(columns[name], limit, side, split) for name, side in zip(names, SIDES, strict=True))
-    for index, pair in enumerate(zip(sources, targets, strict=True)):
-        for side, text in zip(SIDES, pair, strict=True):
-            if fault := text_fault(text):
-                raise DataError(f"{split}, row {index + 1}: the {side} {fault}")
-    texts: Columns = {"source": sources, "target": targets}
+    names = dict(zip(SIDES, choose_columns(list(columns), split, data), strict=True))
+    names |= choose_language_columns(list(columns), split, data)
+    texts: Columns = {part: _rows(columns[name], limit, part, split) for part, name in names.items()}
+    for index, values in enumerate(zip(*texts.values(), strict=True)):
+        refuse_faults(dict(zip(texts, values, strict=True)), f"{split}, row {index + 1}")
     if split != "train":
         texts |= _scoring(columns, limit, split, data)
     for name in others if split == "train" else ():
@@ -237,8 +227,20 @@ def _clean(
         texts[name] = ["" if value is None else str(value) for value in columns[name][:limit]]
     features = Features({name: Value("string") for name in texts})
     pairs = read(split, Dataset.from_dict, texts, features=features)
+    if len(names) > len(SIDES):
+        pairs = with_languages(pairs, data)
     tests: Tests = text_tests(data) if split == "train" else {"an empty side": is_empty} | language_tests(data)
-    return _filter(pairs, tests, zip(sources, targets, strict=True), split, report)
+    return _filter(pairs, tests, zip(texts["source"], texts["target"], strict=True), split, report)
+
+
+def refuse_faults(row: dict[str, Any], place: str) -> None:
+    """
+    Raises:
+        DataError: a side of a row is not text, or a language is not a code.
+    """
+    for part, value in row.items():
+        if fault := language_fault(value) if part in LANGUAGES else text_fault(value):
+            raise DataError(f"{place}: the {part} {fault}")
 
 
 def _scoring(columns: Columns, limit: int | None, split: str, data: DataArguments) -> Columns:
@@ -306,6 +308,18 @@ def choose_columns(columns: list[str], split: str, data: DataArguments) -> tuple
     return tuple(map(str, names))
 
 
+def choose_language_columns(columns: list[str], split: str, data: DataArguments) -> dict[str, str]:
+    """The columns of the languages that `data` names, by LANGUAGES."""
+    named = {language: getattr(data, f"{language}_column") for language in LANGUAGES}
+    found = {language: name for language, name in named.items() if name}
+    for language, name in found.items():
+        if name not in columns:
+            raise DataError(
+                f"{split}: there is no column {name!r}: name one of {_listed(columns)} by {language}_column"
+            )
+    return found
+
+
 def refuse_missing(name: str, columns: Iterable[str], place: str) -> None:
     """
     Raises:
@@ -371,7 +385,7 @@ def _listed(names: Any) -> str:
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer that does not append eos."""
-    if tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+    if tokenizer(text_target="")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         raise DataError(f"the tokenizer must append its eos token {tokenizer.eos_token!r} to every text, but does not")
 
 
@@ -412,7 +426,7 @@ def tokenize_pairs(
         texts = batch["source"], batch["target"]
         if corpus and corpus.transforms:
             texts = transform_batch(corpus, batch, numbers, 0, PLANNED)
-        return encode_pairs(tokenizer, *texts, data, with_words)
+        return encode_pairs(tokenizer, *texts, data, with_words, batch.get(LANGUAGES[1]))
 
     features = dict(ENCODED) | dict.fromkeys(WORDS.values() if with_words else (), List(Value("int32")))
     encoded = pairs.map(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,23 @@ from vanilla_transformer import train_tokenizer, train_unit_tokenizer
 
 from ..errors import DataError, RecipeError, UserError
 from ..saved_model import load_tokenizer
-from ..settings.arguments import TokenizerArguments
+from ..settings.arguments import DataArguments, TokenizerArguments
 from ..settings.corpora import Corpus
 from ..settings.recipe import Recipe
 from .bpe_dropout import BpeDropout, BpeDropoutRows
 from .corpora import join_streams, join_texts, load_corpora, load_held_out, open_corpus, tokenize_corpora
 from .epochs import EpochRows
 from .filters import FilterReport
+from .languages import (
+    add_languages,
+    add_tags,
+    balanced_texts,
+    count_directions,
+    has_languages,
+    name_directions,
+    refuse_unknown_languages,
+    set_direction,
+)
 from .mixture import MixedRows, weights_by_size
 from .pairs import hold_out, load_pairs, tokenize_pairs, training_pairs, training_texts
 from .streamed_mixture import MixedBatches
@@ -46,6 +57,7 @@ def prepare_data(recipe: Recipe) -> tuple[DatasetDict, PreTrainedTokenizerBase, 
     with args.main_process_first(local=False, desc="loading data"):
         pairs, texts = load_text(recipe, corpora, reports)
         tokenizer = prepare_tokenizer(recipe, training_split(pairs))
+    refuse_unknown_languages(pairs, tokenizer)
     rows: dict[str, Any] = {}
     if recipe.data.streaming:
         rows["train"] = streamed_batches(recipe, tokenizer)
@@ -85,9 +97,11 @@ def load_text(
     pairs = load_held_out(recipe.data) if several else load_pairs(recipe.data, reports[0], columns=corpora[0].columns)
     if recipe.data.streaming:
         pairs["train"] = join_streams(corpora) if several else open_corpus(corpora[0])
+        name_directions(pairs, recipe.data)
         return pairs, []
     texts = load_corpora(corpora, reports) if several else [training_split(pairs)]
     pairs["train"] = join_texts(texts)
+    name_directions(pairs, recipe.data)
     return pairs, texts
 
 
@@ -115,6 +129,7 @@ def prepare_tokenizer(recipe: Recipe, train: Dataset | IterableDataset) -> PreTr
     tokenizer = load_tokenizer(named) if named else learn_tokenizer(recipe.tokenizer, train)
     if not named:
         tokenizer.add_tokens([tag for corpus in recipe.corpora for tag in corpus.tags])
+    extend_tokenizer(tokenizer, recipe.tokenizer, recipe.data, train)
     if recipe.data.bpe_dropout:
         BpeDropout(tokenizer, recipe.data.bpe_dropout)  # refuses a tokenizer of another kind, before the run begins
     if not check:
@@ -139,11 +154,31 @@ def learn_tokenizer(args: TokenizerArguments, train: Dataset | IterableDataset) 
             logger.info("learning a vocabulary of units from %s pairs: source %s, target %s", count, *args.units)
             return train_unit_tokenizer(training_pairs(train), args.vocab_size, *args.units)
         logger.info("learning %d subwords from %s pairs", args.vocab_size, count)
-        return train_tokenizer(training_texts(train), args.vocab_size, args.tokenizer_model, args.pretokenized)
+        texts = balanced_texts(train, count_directions(train)) if has_languages(train) else training_texts(train)
+        for tag in args.tags or ():
+            texts = map(methodcaller("replace", tag, ""), texts)
+        return train_tokenizer(texts, args.vocab_size, args.tokenizer_model, args.pretokenized)
     except UserError:
         raise
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, args: TokenizerArguments, data: DataArguments, train: Dataset | IterableDataset
+) -> None:
+    """
+    Adds the tags and languages of the training data that a tokenizer does not have yet.
+
+    Raises:
+        UserError: the tokenizer cannot have them, or the target language is not given.
+    """
+    add_tags(tokenizer, args.tags or ())
+    if has_languages(train):
+        some = train.take(VOCABULARY_ROWS) if isinstance(train, IterableDataset) else train
+        add_languages(tokenizer, count_directions(some))
+    else:
+        set_direction(tokenizer, data)
 
 
 def streamed_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[StreamedBatches]:

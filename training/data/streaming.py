@@ -24,8 +24,6 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer.loading import text_fault
-
 from ..errors import DataError, UserError
 from ..settings.arguments import DataArguments
 from ..settings.corpora import Corpus, naming
@@ -33,7 +31,17 @@ from .batching import TokenBudgetBatches
 from .encoding import encode_pairs
 from .epochs import SIDES_OF_IDS
 from .filters import Tests, find_fault, length_limits, ratio_limit, text_tests
-from .pairs import SIDES, choose_columns, expand_path, read, refuse_missing, require_eos
+from .languages import LANGUAGES, refuse_unknown
+from .pairs import (
+    SIDES,
+    choose_columns,
+    choose_language_columns,
+    expand_path,
+    read,
+    refuse_faults,
+    refuse_missing,
+    require_eos,
+)
 from .reading.formats import read_rows
 from .reading.lines import read_parallel_lines
 from .reading.tables import flat, is_json_list
@@ -55,7 +63,8 @@ Place = dict[str, Any]
 
 def open_stream(data: DataArguments, others: tuple[str, ...] = ()) -> IterableDataset:
     """
-    The training split as rows of text, `source` and `target`, which are read when they are needed.
+    The training split as rows of text, `source` and `target`, which are read when they are needed. If `data` names
+    columns of languages, the rows have `source_lang` and `target_lang` too.
 
     Args:
         data: locates the text.
@@ -83,6 +92,7 @@ def _open_files(data: DataArguments, others: tuple[str, ...]) -> IterableDataset
     if len(paths) > 2:
         raise DataError(f"train_file names {len(paths)} files: give one data file, or two of parallel text")
     if len(paths) == 2:
+        choose_language_columns(list(SIDES), "train", data)
         for name in others:
             refuse_missing(name, SIDES, str(paths[0]))
         return IterableDataset.from_generator(parallel_pairs, gen_kwargs={"source": paths[0], "target": paths[1]})
@@ -112,26 +122,36 @@ def table_pairs(path: Path, data: DataArguments, others: tuple[str, ...] = ()) -
     Raises:
         DataError: a source, target or other column is missing, or a source or target is not text.
     """
-    names: tuple[str, ...] = ()
+    names: dict[str, str] = {}
     for number, row in read_rows(path, data.has_header):
         place = f"{path}, line {number}"
-        names = names or choose_columns(list(row), place, data)
-        yield _pair(row, names, place, others)
+        names = names or _columns_of(list(row), place, data)
+        yield _pair(row, names, place, data, others)
 
 
 def _pairs_of(rows: IterableDataset, place: str, data: DataArguments, others: tuple[str, ...]) -> IterableDataset:
     def pair(row: dict[str, Any]) -> dict[str, str]:
         row = flat(row)
-        return _pair(row, choose_columns(list(row), place, data), place, others)
+        return _pair(row, _columns_of(list(row), place, data), place, data, others)
 
-    return rows.map(pair).select_columns([*SIDES, *others])
+    languages = LANGUAGES if data.names_languages else ()
+    return rows.map(pair).select_columns([*SIDES, *languages, *others])
 
 
-def _pair(row: dict[str, Any], names: tuple[str, ...], place: str, others: tuple[str, ...]) -> dict[str, str]:
-    pair: dict[str, Any] = {side: row.get(name) for side, name in zip(SIDES, names, strict=True)}
-    for side, text in pair.items():
-        if fault := text_fault(text):
-            raise DataError(f"{place}: the {side} {fault}")
+def _columns_of(columns: list[str], place: str, data: DataArguments) -> dict[str, str]:
+    """The columns of the sides, and of the languages that are named."""
+    sides = dict(zip(SIDES, choose_columns(columns, place, data), strict=True))
+    return sides | choose_language_columns(columns, place, data)
+
+
+def _pair(
+    row: dict[str, Any], names: dict[str, str], place: str, data: DataArguments, others: tuple[str, ...]
+) -> dict[str, str]:
+    pair: dict[str, Any] = {part: row.get(name) for part, name in names.items()}
+    refuse_faults(pair, place)
+    if data.names_languages:
+        # Only one of the languages may be a column.
+        pair = dict(zip(LANGUAGES, data.direction, strict=True)) | pair
     for name in others:
         refuse_missing(name, row, place)
         pair[name] = "" if row[name] is None else str(row[name])
@@ -224,7 +244,9 @@ class CorpusStream:
             # A number that no other row of the pass has, in any process.
             drawn = [(read + row) * self.num_processes + self.process_index for _, _, row in kept]
             sides = transform_batch(self.corpus, columns, drawn, self.seed, epoch)
-        encoded = encode_pairs(self.tokenizer, *sides, self.corpus.data)
+        languages = columns.get(LANGUAGES[1])
+        refuse_unknown(self.tokenizer, languages or (), "train: ".format)
+        encoded = encode_pairs(self.tokenizer, *sides, self.corpus.data, languages=languages)
         # 32 bits a token, where a list takes 64 for each and more for the numbers.
         ids = ([np.array(row, dtype=np.int32) for row in encoded[name]] for name in SIDES_OF_IDS)
         return self._passing(self.length_tests, zip(*ids, strict=True), len)
@@ -287,7 +309,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         process_index: the process whose batches are yielded.
 
     Raises:
-        DataError: a row cannot be used, or no row can.
+        DataError: a row cannot be used, its language is unknown to the tokenizer, or no row can be used.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..settings.corpora import Corpus
 from .encoding import WORDS, encode_pairs
 from .epochs import SIDES_OF_IDS, Columns, EpochRows
+from .languages import LANGUAGES
 from .transforms import transform_batch
 
 
@@ -38,12 +39,14 @@ class TransformedRows(EpochRows):
                 continue
             places = [place for place, of in enumerate(columns["corpus"]) if of == number]
             texts = {name: [columns[name][place] for place in places] for name in ("source", "target", *corpus.columns)}
+            languages = [columns[LANGUAGES[1]][place] for place in places] if LANGUAGES[1] in columns else None
             drawn = [numbers[place] for place in places]
             anew = encode_pairs(
                 self.tokenizer,
                 *transform_batch(corpus, texts, drawn, self.seed, self.epoch),
                 corpus.data,
                 with_words=bool(words),
+                languages=languages,
             )
             limits = corpus.data.max_source_length, corpus.data.max_target_length
             for row, place in enumerate(places):

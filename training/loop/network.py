@@ -18,6 +18,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VanillaTr
     """The recipe's model, with its decoding options: the saved model that it names, or a new one."""
     named = recipe.model.model
     model = read_named_model(recipe, named) if named else new_model(recipe, tokenizer)
+    if len(tokenizer) > model.config.vocab_size:
+        add_embeddings(model, len(tokenizer), recipe)
     try:
         model.generation_config.update(
             num_beams=recipe.decoding.num_beams,
@@ -50,6 +52,27 @@ def read_named_model(recipe: Recipe, folder: str) -> VanillaTransformerForCondit
         if (its := getattr(model.config, name)) != value:
             raise RecipeError(f"{name}={value}, but model={folder} has {name}={its}: leave it out")
     return model
+
+
+def add_embeddings(model: VanillaTransformerForConditionalGeneration, tokens: int, recipe: Recipe) -> None:
+    """
+    Gives a model rows for the languages and tags that its tokenizer did not have before. The old weights stay. The new
+    rows are drawn as those of a new model: transformers' default, nearly the same row for each, would tell no languages
+    apart.
+
+    Raises:
+        RecipeError: adapters would not train the new rows, or source and target have vocabularies of their own.
+    """
+    new = tokens - model.config.vocab_size
+    if recipe.training.lora_rank:
+        raise RecipeError(
+            f"lora_rank={recipe.training.lora_rank} trains no embeddings, but model={recipe.model.model} has none yet "
+            f"for {new} new languages or tags: leave lora_rank out"
+        )
+    try:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    except ValueError as error:
+        raise RecipeError(f"model={recipe.model.model} cannot have {new} new languages or tags: {error}") from error
 
 
 def attention(recipe: Recipe) -> str | None:

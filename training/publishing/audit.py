@@ -16,7 +16,7 @@ from ..metrics import numbers
 # Sections whose figures were measured or counted. The figures about the network come from its configuration.
 MEASURED = ("Data", "Results", "Training")
 # Fields of metrics.json, besides the scores, that these sections quote.
-COUNTED = ("num_beams", "data_name", "rows", "training", "confidence", "groups")
+COUNTED = ("num_beams", "data_name", "rows", "training", "corpora", "confidence", "groups")
 # A number that is not part of a name, such as Multi30k.
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)

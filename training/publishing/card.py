@@ -22,7 +22,7 @@ def language_name(code: str) -> str:
 
 def model_card(
     model: PreTrainedModel,
-    languages: tuple[str | None, str | None],
+    languages: tuple[str | None, str | None] | tuple[list[str], list[str]],
     metrics: dict[str, Any],
     recipe: str,
     model_path: str,
@@ -35,7 +35,8 @@ def model_card(
 
     Args:
         model: the trained model.
-        languages: codes of source and target; None where the recipe does not name one.
+        languages: codes of source and target; None where the recipe does not name one. For a model of several
+            directions, the source languages and the target languages.
         metrics: the run's metrics.json, the source of all measured figures.
         recipe: the resolved recipe as YAML.
         model_path: what to pass to `from_pretrained`.
@@ -50,7 +51,8 @@ def model_card(
         if name in scores
     ]
     name = Path(model_path).name
-    codes = [code for code in languages if code]
+    sides = [side if isinstance(side, list) else [side] for side in languages if side]
+    codes = list(dict.fromkeys(code for side in sides for code in side))
     card_data = ModelCardData(
         # `language` takes ISO 639 codes; regions and scripts belong into `language_bcp47`.
         language=[re.split("[-_]", code)[0].lower() for code in codes] or None,
@@ -71,7 +73,7 @@ def model_card(
         template_str=(files("vanilla_transformer.model_cards") / "template.md").read_text(encoding="utf-8"),
         title=name,
         config=model.config,
-        languages=[language_name(code) for code in codes] if all(languages) else None,
+        languages=[", ".join(map(language_name, side)) for side in sides] if all(languages) else None,
         results=results,
         recipe=recipe,
         model_path=model_path,

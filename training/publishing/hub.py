@@ -31,6 +31,7 @@ from vanilla_transformer import (
     VanillaTransformerModel,
 )
 
+from ..data.languages import multilingual
 from ..errors import UserError, message_of
 from ..files import missing
 from ..model_names import models_in
@@ -126,6 +127,9 @@ def stage(folder: Path, target: Path) -> None:
         UserError: the model cannot be loaded.
     """
     model, tokenizer = read_model(str(folder))
+    if multilingual(tokenizer):
+        # Without its code a tokenizer could not be told the language. Others are plain ones of transformers'.
+        tokenizer._auto_class = "AutoTokenizer"
     # transformers adds the entries of the saved class and of the config. This one is for AutoModel.
     network = VanillaTransformerModel
     model.config.auto_map = {"AutoModel": f"{network.__module__.rpartition('.')[2]}.{network.__name__}"}

@@ -18,6 +18,10 @@ from ..metric_names import DEFAULT_METRICS, METRICS
 from . import rules
 
 
+# What the name of a data set begins with that is made from the CLDR: phrasebook:en-de.
+PHRASEBOOK = "phrasebook:"
+
+
 @dataclass
 class ModelArguments:
     """
@@ -102,8 +106,14 @@ class TokenizerArguments:
     pretokenized: bool = field(
         default=False, metadata={"help": "the text is already tokenised: white space separates its words"}
     )
+    tags: list[str] | None = field(
+        default=None, metadata={"help": "words in angle brackets that are one token in any text, e.g. <formal>"}
+    )
 
     def __post_init__(self):
+        # In a recipe, one tag needs no list.
+        if isinstance(self.tags, str):
+            self.tags = [self.tags]
         rules.check_tokenizer(self)
 
     @property
@@ -151,6 +161,12 @@ class DataArguments:
     target_column: str | None = field(
         default=None,
         metadata={"help": "column of the target text; without a header in .tsv and .csv, its number from 1"},
+    )
+    source_lang_column: str | None = field(
+        default=None, metadata={"help": "column of the source's language, for a model of several directions"}
+    )
+    target_lang_column: str | None = field(
+        default=None, metadata={"help": "column of the target's language, for a model of several directions"}
     )
     group_column: list[str] | None = field(
         default=None,
@@ -206,6 +222,19 @@ class DataArguments:
     def has_header(self) -> bool:
         """Whether .csv and .tsv files begin with the names of their columns, rather than have them by number."""
         return not ((self.source_column or "").isdecimal() and (self.target_column or "").isdecimal())
+
+    @property
+    def direction(self) -> tuple[str | None, str | None]:
+        """The codes of the source and target languages of all rows, as far as they are named."""
+        if self.dataset and self.dataset.startswith(PHRASEBOOK):
+            source, _, target = self.dataset.removeprefix(PHRASEBOOK).partition("-")
+            return self.source_lang or source, self.target_lang or target
+        return self.source_lang, self.target_lang
+
+    @property
+    def names_languages(self) -> bool:
+        """Whether each row names one of its languages at least."""
+        return bool(self.source_lang_column or self.target_lang_column)
 
 
 @dataclass

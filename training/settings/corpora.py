@@ -20,7 +20,7 @@ from .rules import check_data, check_stream
 # Fields of DataArguments that a corpus may set for itself.
 CORPUS_FIELDS = (
     *("train_file", "dataset", "dataset_config", "data_dir", "max_train_samples", "phrasebook_size"),
-    *("source_lang", "target_lang", "source_column", "target_column"),
+    *("source_lang", "target_lang", "source_lang_column", "target_lang_column", "source_column", "target_column"),
     *("max_source_length", "max_target_length", "max_length_ratio"),
     *("drop_duplicates", "drop_identical", "drop_bad_encoding", "identify_languages"),
 )
@@ -69,6 +69,12 @@ class Corpus(NamedTuple):
     def tags(self) -> tuple[str, ...]:
         """The tags that its transforms put before the source."""
         return tuple(dict.fromkeys(t.text for t in self.transforms if t.name == "tag" and t.text))
+
+
+def several_directions(corpora: Iterable[Corpus]) -> bool:
+    """Whether the corpora have more than one direction of translation, as far as they name theirs."""
+    named = {corpus.data.direction for corpus in corpora if corpus.data.direction[1]}
+    return len(named) > 1 or any(corpus.data.names_languages for corpus in corpora)
 
 
 @contextmanager
@@ -125,6 +131,12 @@ def read_corpora(data: DataArguments, mixture: MixtureArguments) -> list[Corpus]
             f"mixing_temperature={mixture.mixing_temperature:g} derives the weights from the corpora's sizes, but they "
             "have weights: leave out the one or the other"
         )
+    for corpus in corpora if several_directions(corpora) else ():
+        if not (corpus.data.names_languages or all(corpus.data.direction)):
+            raise RecipeError(
+                f"corpora: {corpus.name}: the corpora have several directions, but this one does not name its own: set "
+                "source_lang and target_lang"
+            )
     return corpora
 
 
@@ -143,6 +155,8 @@ def _read_corpus(
     if not (given.get("train_file") or given.get("dataset")):
         raise RecipeError(f"{place}: no data: give it a train_file or a dataset")
     others = dict.fromkeys(("train_file", "dataset", "dataset_config", "validation_file", "test_file"))
+    # A language of its own stands for all rows, whatever the columns of the recipe's other files.
+    others |= {f"{field}_column": None for field in ("source_lang", "target_lang") if field in given}
     try:
         own = {field: parser.typed(field, value) for field, value in given.items()}
         corpus = dataclasses.replace(data, **others | own)

@@ -261,8 +261,20 @@ def check_data(data: DataArguments) -> None:
             ratio is not None and not ratio >= 1,
             "must be at least 1: it is the longer side's number of tokens divided by the shorter side's",
         ),
+        *_rules_of_languages(data),
     ]
     refuse(vars(data), rules, DataError)
+
+
+def _rules_of_languages(data: DataArguments) -> Iterator[Rule]:
+    """A row that names one of its languages needs the other too."""
+    for side, other in (("source_lang", "target_lang"), ("target_lang", "source_lang")):
+        known = getattr(data, f"{other}_column") or getattr(data, other)
+        yield (
+            f"{side}_column",
+            getattr(data, f"{side}_column") and not known,
+            f"names one language of each row, but the other is not given: set {other} or {other}_column",
+        )
 
 
 def check_decoding(arguments: Any) -> None:

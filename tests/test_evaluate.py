@@ -213,7 +213,7 @@ class TestComparisons:
         (tmp_path / "short.txt").write_text("a\n")
         for words, message in (
             (("--compare", "short.txt"), "^short.txt has 1 line, but 4 rows are scored: line N must translate row N"),
-            (("--compare", "nowhere/model"), "cannot load the model 'nowhere/model'"),
+            (("--compare", "./nowhere"), "nowhere: no such folder"),
             (("--compare", str(run), "--differences_file", "no/rows.tsv"), "differences_file=no/rows.tsv: there is no"),
             (("--group_column", "corpus"), "group_column=corpus: the test table has no such column"),
             (("--metrics", "bleu", "cern"), "metrics=cern is unknown"),

@@ -145,6 +145,7 @@ WRONG_NUMBERS = {
     "warmup_steps": ("-5",),
     "adam_epsilon": ("-1e-9",),
     "max_grad_norm": ("-1",),
+    "mixing_temperature": ("0", "-1", "nan"),
     "r_drop_alpha": ("-5",),
     "simcut_alpha": ("-3",),
     "simcut_p": ("-0.1", "1"),

@@ -54,7 +54,7 @@ hub_model_id: NAME/trained
 """
 CODE = {path.name for path in (ROOT / "vanilla_transformer").glob("*.py")} - {"__init__.py"}
 # A bilingual tokenizer is a file of JSON. That of many languages brings its code (test_languages.py).
-CODE -= {"tokenization_vanilla_transformer.py", "tokenization_languages.py"}
+CODE -= {f"tokenization_{name}.py" for name in ("vanilla_transformer", "languages", "units")}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 DOCUMENTS = {"README.md", "metrics.json", "loss_curve.png", "recipe.yaml"}
 EXAMPLES = ["3 days ago", "Friday, March 13, 2026", "1,234.50 euros", "12 hours", "Norway, Peru, and Japan"]

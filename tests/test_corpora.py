@@ -139,7 +139,7 @@ def test_faults_of_the_data_are_told_by_the_name_of_the_corpus(streaming, tmp_pa
     stream |= {"validation_file": str(tmp_path / "valid.tsv"), "max_source_length": 40, "max_target_length": 40}
     for name, content, message in (
         ("crawled.tsv", "en\tde\n", "corpora: crawled: train: "),
-        ("crawled.tsv", "en\tde\nonly one\n", "corpora: crawled: .*crawled.tsv, line 2: 1 values"),
+        ("crawled.tsv", "en\tde\nonly one\n", "corpora: crawled: .*crawled.tsv, line 2: 1 value"),
         ("crawled.tsv", "fr\tde\nun\tein\n", "corpora: crawled: .*there is no column 'en'"),
         ("backtranslated.jsonl", '{"source": "a", "target": ""}', "backtranslated: .*an empty side"),
     ):

@@ -64,13 +64,14 @@ def test_a_corpus_has_its_own_fields_and_the_recipes_for_the_rest(tmp_path):
     corpora["clean"] |= {"weight": "2.5", "max_length_ratio": 3, "transforms": {"tag": "<clean>", "typos": 0.1}}
     corpora["crawled"] |= {"weight": 1, "drop_duplicates": True}
     corpora["backtranslated"] |= {"weight": 1, "target_lang": "no"}
-    recipe = read(tmp_path, corpora=corpora, max_length_ratio=2, transforms={"uppercase": 0.05})
-    clean, crawled, backtranslated = recipe.corpora
+    fields = {"max_length_ratio": 2, "transforms": {"uppercase": 0.05}, "source_lang": "en", "target_lang": "de"}
+    recipe = read(tmp_path, corpora=corpora, **fields)
+    clean, crawled, _ = recipe.corpora
     assert [corpus.name for corpus in recipe.corpora] == list(SIZES)
     assert [corpus.weight for corpus in recipe.corpora] == [2.5, 1, 1]
     assert [corpus.data.max_length_ratio for corpus in recipe.corpora] == [3, 2, 2]
     assert [corpus.data.drop_duplicates for corpus in recipe.corpora] == [False, True, False]
-    assert backtranslated.data.target_lang == "no"
+    assert [corpus.data.direction for corpus in recipe.corpora] == [("en", "de"), ("en", "de"), ("en", "no")]
     # In the order in which they are applied, whatever that of the recipe.
     assert clean.transforms == (Transform("typos", 0.1), Transform("tag", 1.0, "<clean>"))
     assert crawled.transforms == (Transform("uppercase", 0.05),)

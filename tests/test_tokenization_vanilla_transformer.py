@@ -9,11 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import run_new_python
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vanilla_transformer import train_tokenizer
-from vanilla_transformer.training.data.bpe_dropout import BpeDropout, word_lengths
+from vanilla_transformer.training.data.bpe_dropout import BpeDropout
+from vanilla_transformer.training.data.encoding import word_lengths
 
 
 SENTENCES = [
@@ -266,3 +267,11 @@ def tagged():
     tokenizer = train_tokenizer(SENTENCES, VOCAB_SIZE)
     tokenizer.add_tokens([TAG], special_tokens=True)
     return tokenizer
+
+
+def test_nothing_but_special_tokens_decodes_to_no_text():
+    tokenizer = train_tokenizer(["one two"], 300)
+    # This decoder of `tokenizers` panics without tokens.
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == ""

@@ -1,5 +1,6 @@
 """Loads a saved model and its tokenizer, and refuses folders whose files do not match each other."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,15 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the tokenizer is missing or damaged.
     """
+    if folder.endswith(".model") and Path(folder).is_file():
+        return _tokenizer_in(folder, from_sentencepiece)
     return _tokenizer_in(find_folder_or_repository(folder, TOKENIZER_CONFIG_FILE, "tokenizer="))
 
 
-def _tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
+def _tokenizer_in(folder: str, load: Callable[[str], PreTrainedTokenizerBase] | None = None) -> PreTrainedTokenizerBase:
     try:
-        if folder.endswith(".model") and Path(folder).is_file():
-            return from_sentencepiece(folder)
+        if load:
+            return load(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # The library tokenizers raises plain Exceptions.
     except Exception as error:

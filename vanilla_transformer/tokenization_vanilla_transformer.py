@@ -51,11 +51,14 @@ class VanillaTransformerTokenizer(MultilingualTokenizer):
         return self._tokenizer.add_tokens(added)
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        # Some decoders of `tokenizers` panic if there is nothing to decode.
+        if skipped.issuperset(token_ids):
+            return ""
         added = {number for number, token in self.added_tokens_decoder.items() if not token.special}
         if not added:
             return super()._decode(token_ids, skip_special_tokens, **kwargs)
-        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
         separator = SEPARATORS.get(type(self._tokenizer.normalizer))
         if separator is None:
             return super()._decode([token for token in token_ids if token not in skipped], **kwargs)

@@ -1,5 +1,6 @@
 """Prepares the data of a run: its text, its vocabulary, and the text as rows of token ids."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from operator import methodcaller
@@ -32,7 +33,7 @@ from .languages import (
     set_direction,
 )
 from .mixture import MixedRows, weights_by_size
-from .pairs import hold_out, load_pairs, tokenize_pairs, training_pairs, training_texts
+from .pairs import SIDES, hold_out, load_pairs, tokenize_pairs, training_pairs, training_texts
 from .streamed_mixture import MixedBatches
 from .streaming import VOCABULARY_ROWS, StreamedBatches
 from .transformed_rows import TransformedRows
@@ -209,7 +210,9 @@ def training_rows(
     if any(corpus.transforms for corpus in corpora):
         anew = TransformedRows(anew, tokenizer, corpora, seed)
     if recipe.data.bpe_dropout:
-        anew = BpeDropoutRows(anew, tokenizer, recipe.data, seed)
+        limits = [f"max_{side}_length" for side in SIDES]
+        longest = {limit: max(getattr(corpus.data, limit) for corpus in corpora) for limit in limits}
+        anew = BpeDropoutRows(anew, tokenizer, dataclasses.replace(recipe.data, **longest), seed)
         longer = 100 * (anew.growth() - 1)
         logger.info("BPE-dropout %g lengthens rows by %.0f %% on a sample", recipe.data.bpe_dropout, longer)
     if recipe.mixture.corpora is None:

@@ -76,6 +76,20 @@ def test_any_text_of_known_units_comes_back(units, text):
         assert tokenizer.decode(ids, skip_special_tokens=True) == expected
 
 
+def test_only_sources_have_the_token_of_a_language(kinds, tmp_path):
+    plain, tokenizer = (train_unit_tokenizer(PAIRS, 1000, *kinds) for _ in range(2))
+    tokenizer.add_languages(["nl", "fr"])
+    tokenizer.tgt_lang = "nl"
+    tokenizer.save_pretrained(tmp_path)
+    for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for source, target in PAIRS:
+            ids = plain(source)["input_ids"]
+            # A target between two sources.
+            assert found(source)["input_ids"] == [found.get_lang_id("nl"), *ids]
+            assert found(text_target=target)["input_ids"] == plain(text_target=target)["input_ids"]
+            assert found(source, tgt_lang="fr")["input_ids"] == [found.get_lang_id("fr"), *ids]
+
+
 def test_special_tokens_cannot_be_written():
     tokenizer = train_unit_tokenizer([("</s>", "<pad> </s>")], 1000, "characters", "words")
     encoded = tokenizer("</s>", text_target="<pad> </s>")

@@ -49,9 +49,11 @@ class VanillaTransformerUnitTokenizer(VanillaTransformerTokenizer):
 
     # transformers calls these two around `text_target`.
     def _switch_to_input_mode(self) -> None:
+        super()._switch_to_input_mode()
         self._tokenizer.pre_tokenizer = UNITS[self.source_units]
 
     def _switch_to_target_mode(self) -> None:
+        super()._switch_to_target_mode()
         self._tokenizer.pre_tokenizer = UNITS[self.target_units]
 
 

@@ -83,11 +83,11 @@ OVERRIDDEN = {
         "error(self, message)": "one line, without the usage",
     },
     "sacrebleu.metrics.base.Metric": {
-        "_preprocess_segment(self, sent)": "how sacrebleu is told of a metric",
-        "_extract_reference_info(self, refs)": "how sacrebleu is told of a metric",
-        "_compute_segment_statistics(self, hypothesis, ref_kwargs)": "how sacrebleu is told of a metric",
-        "_compute_score_from_stats(self, stats)": "how sacrebleu is told of a metric",
-        "_aggregate_and_compute(self, stats)": "how sacrebleu is told of a metric",
+        "_preprocess_segment(self, sent)": "what sacrebleu asks a metric for",
+        "_extract_reference_info(self, refs)": "what sacrebleu asks a metric for",
+        "_compute_segment_statistics(self, hypothesis, ref_kwargs)": "what sacrebleu asks a metric for",
+        "_compute_score_from_stats(self, stats)": "what sacrebleu asks a metric for",
+        "_aggregate_and_compute(self, stats)": "what sacrebleu asks a metric for",
     },
     "evaluate.Metric": {
         "_info(self)": "defines a metric for evaluate",

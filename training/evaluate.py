@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 
-from .data.languages import multilingual, target_languages
+from vanilla_transformer.tokenization_languages import multilingual
+
+from .data.languages import target_languages
 from .data.pairs import SPLITS, load_pairs, references_of
 from .data.reading.lines import read_lines
 from .differences import SUFFIXES, Difference, find_differences, format_differences, write_differences
@@ -115,7 +117,7 @@ def open_system(name: str, rows: int) -> System:
         UserError: the model cannot be loaded.
     """
     if not is_text(name):
-        return System(name, None, *load_model(find_model(name)))
+        return System(name, None, *load_model(name))
     texts = list(read_lines(name))
     if len(texts) != rows:
         raise DataError(
@@ -152,7 +154,7 @@ def scoring_of(model: str, arguments: EvaluationArguments) -> Scoring:
     try:
         found = read_yaml(recipe) if recipe else {}
     except UserError:
-        # Told how to score, nobody needs the recipe.
+        # If the command line says how to score, the recipe is not needed.
         if not arguments.bleu_tokenize:
             raise
         found = {}
@@ -176,9 +178,9 @@ def recipe_of(model: str) -> Path | None:
     Args:
         model: folder or Hub name, or a file of translations. For a checkpoint, its run's folder is searched.
     """
-    folder = Path(model).absolute()
     if is_text(model):
         return None
+    folder = Path(model).absolute()
     if folder.is_dir() and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
         model = str(folder.parent)
     path = cached_file(

@@ -104,8 +104,9 @@ class TranslationMetrics(evaluate.Metric):
         metrics: Sequence[str] = DEFAULT_METRICS,
     ) -> dict[str, float | str]:
         scores: dict[str, float | str] = {}
+        by_number = streams(references)
         for name, metric in make_metrics(metrics, tokenize).items():
-            scores[name] = metric.corpus_score(predictions, streams(references)).score
+            scores[name] = metric.corpus_score(predictions, by_number).score
             if isinstance(metric, sacrebleu.BLEU | sacrebleu.CHRF | sacrebleu.TER):
                 scores[f"{name}_signature"] = str(metric.get_signature())
         return scores

@@ -7,9 +7,10 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, TrainerState
 
+from vanilla_transformer.tokenization_languages import multilingual
 from vanilla_transformer.tokenization_units import kind_of_tokens
 
-from .data.languages import multilingual, target_languages, trained_on
+from .data.languages import target_languages, trained_on
 from .files import write_beside
 from .loop.stages import MixtureTrainer
 from .loop.trainer import TranslationTrainer

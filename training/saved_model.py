@@ -81,11 +81,15 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return _tokenizer_in(find_folder_or_repository(folder, TOKENIZER_CONFIG_FILE, "tokenizer="))
 
 
-def _tokenizer_in(folder: str, load: Callable[[str], PreTrainedTokenizerBase] | None = None) -> PreTrainedTokenizerBase:
+def _from_folder(folder: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _tokenizer_in(
+    folder: str, load: Callable[[str], PreTrainedTokenizerBase] = _from_folder
+) -> PreTrainedTokenizerBase:
     try:
-        if load:
-            return load(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return load(folder)
     # The library tokenizers raises plain Exceptions.
     except Exception as error:
         raise UserError(f"tokenizer={folder} cannot be loaded: {message_of(error)}") from error

@@ -82,7 +82,7 @@ def compare(
         For each name: the other's `scores`, its `intervals` (as in `confidence_intervals`), and for each metric of
         `p_values` the p-value of `bootstrap` and of `randomisation`.
     """
-    # No file has this name, so that none of the others can have it.
+    # None of the others has an empty name.
     systems = {"": ours} | others
     by_test = {test: _test(test, systems, references, bleu_tokenize, metrics)[1:] for test in TESTS}
     found = {}

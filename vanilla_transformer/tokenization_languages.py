@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import processors
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 # Such as de, pt-BR, zh_Hans, sr@latin.
@@ -22,6 +22,11 @@ LANGUAGE_CODE = re.compile(r"[\w@-]+")
 def language_token(code: str) -> str:
     """The token that asks for a language."""
     return f"<2{code}>"
+
+
+def multilingual(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer of any kind has languages, so that it needs the target language."""
+    return bool(getattr(tokenizer, "languages", []))
 
 
 class MultilingualTokenizer(PreTrainedTokenizerFast):

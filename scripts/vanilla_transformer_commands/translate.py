@@ -181,7 +181,7 @@ class Translator:
     def __init__(self, arguments: argparse.Namespace, total: int | None, processes: Any):
         from tqdm.auto import tqdm
 
-        from vanilla_transformer.training.data.languages import multilingual
+        from vanilla_transformer.tokenization_languages import multilingual
         from vanilla_transformer.training.errors import UserError
         from vanilla_transformer.training.saved_model import load_model
         from vanilla_transformer.training.translator import engine_for

@@ -48,13 +48,12 @@ def load_corpora(corpora: Sequence[Corpus], reports: Sequence[FilterReport]) -> 
     Raises:
         DataError: a corpus cannot be read, or has no rows. The message begins with its name.
     """
-    texts = []
+    texts, several = [], several_directions(corpora)
     for corpus, report in zip(corpora, reports, strict=True):
         with naming(corpus):
             found = load_pairs(corpus.data, report, SPLITS[:1], corpus.columns)
             if "train" not in found:
                 raise DataError(f"{corpus.data.dataset} has no train split")
-            several = several_directions(corpora)
             texts.append(with_languages(found["train"], corpus.data) if several else found["train"])
     return texts
 
@@ -78,10 +77,11 @@ def join_streams(corpora: Sequence[Corpus]) -> IterableDataset:
 
 def take_turns(corpora: Sequence[Corpus]) -> Iterator[dict[str, str]]:
     """Yields a row of each corpus in turn, until the last has ended."""
+    several = several_directions(corpora)
 
     def rows_of(corpus: Corpus) -> Iterator[dict[str, str]]:
         with naming(corpus):
-            direction = dict(zip(LANGUAGES, corpus.data.direction, strict=True)) if several_directions(corpora) else {}
+            direction = dict(zip(LANGUAGES, corpus.data.direction, strict=True)) if several else {}
             for row in open_stream(corpus.data):
                 yield direction | row
 

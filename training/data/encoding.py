@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from vanilla_transformer.tokenization_languages import multilingual
+
 from ..settings.arguments import DataArguments
-from .languages import multilingual
 
 
 # The columns of a side's ids -> the columns of its words' lengths in tokens.

@@ -13,7 +13,12 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from vanilla_transformer.tokenization_languages import LANGUAGE_CODE, MultilingualTokenizer, language_token
+from vanilla_transformer.tokenization_languages import (
+    LANGUAGE_CODE,
+    MultilingualTokenizer,
+    language_token,
+    multilingual,
+)
 
 from ..errors import DataError, RecipeError
 from ..settings.arguments import DataArguments
@@ -28,11 +33,6 @@ TAG = re.compile(r"<[^<>\s]+>")
 
 # How many rows each pair of source and target language has.
 Directions = Counter[tuple[str, str]]
-
-
-def multilingual(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer must be told the target language."""
-    return bool(getattr(tokenizer, "languages", []))
 
 
 def has_languages(rows: Dataset | IterableDataset) -> bool:

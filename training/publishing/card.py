@@ -1,6 +1,7 @@
 """The model card of a run: the template in model_cards/, filled from its metrics.json, recipe and configuration."""
 
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,18 @@ def model_card(
         for name, title in TITLES.items()
         if name in scores
     ]
-    name = Path(model_path).name
+    name, task = Path(model_path).name, "translation" if all(languages) else "text2text-generation"
     sides = [side if isinstance(side, list) else [side] for side in languages if side]
-    codes = list(dict.fromkeys(code for side in sides for code in side))
+    language, language_bcp47 = _codes(code for side in sides for code in side)
     card_data = ModelCardData(
-        # `language` takes ISO 639 codes; regions and scripts belong into `language_bcp47`.
-        language=[re.split("[-_]", code)[0].lower() for code in codes] or None,
-        language_bcp47=[code.replace("_", "-") for code in codes] if any(re.search("[-_]", c) for c in codes) else None,
+        language=language,
+        language_bcp47=language_bcp47,
         license="apache-2.0",
         library_name="transformers",
-        pipeline_tag="translation" if all(languages) else "text2text-generation",
-        tags=["vanilla_transformer", "translation" if all(languages) else "text2text-generation"],
-        # Only names on the Hub (OWNER/NAME), not local folders.
-        base_model=base_model if base_model and "/" in base_model and not Path(base_model).exists() else None,
-        datasets=[data_name] if "/" in data_name and not Path(data_name).exists() else None,
+        pipeline_tag=task,
+        tags=["vanilla_transformer", task],
+        base_model=base_model if _is_on_hub(base_model) else None,
+        datasets=[data_name] if _is_on_hub(data_name) else None,
         metrics=[result["type"] for result in results],
         model_name=name,
         eval_results=[_eval_result(result, data_name, metrics["scored_split"]) for result in results],
@@ -82,6 +81,18 @@ def model_card(
         tokens=tokens,
         **metrics,
     )
+
+
+def _is_on_hub(name: str | None) -> bool:
+    """Whether a name is one of the Hub's, OWNER/NAME, and not a local folder."""
+    return name is not None and "/" in name and not Path(name).exists()
+
+
+def _codes(languages: Iterable[str]) -> tuple[list[str] | None, list[str] | None]:
+    """The card's `language`, which takes ISO 639 codes, and its `language_bcp47`, which takes regions and scripts."""
+    codes = list(dict.fromkeys(languages))
+    whole = [code.replace("_", "-") for code in codes] if any(re.search("[-_]", code) for code in codes) else None
+    return [re.split("[-_]", code)[0].lower() for code in codes] or None, whole
 
 
 def _eval_result(result: dict[str, Any], data_name: str, split: str) -> EvalResult:

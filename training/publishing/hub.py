@@ -30,8 +30,8 @@ from vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     VanillaTransformerModel,
 )
+from vanilla_transformer.tokenization_languages import multilingual
 
-from ..data.languages import multilingual
 from ..errors import UserError, message_of
 from ..files import missing
 from ..model_names import models_in

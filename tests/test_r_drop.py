@@ -35,19 +35,26 @@ def make_trainer(model, folder, **options) -> TranslationTrainer:
     return TranslationTrainer(model=model, args=args, train_dataset=rows, data_collator=collator)
 
 
-def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypatch):
-    monkeypatch.setattr(two_passes, "CHUNK", 4)  # eleven positions count
+def passes_in_each_dtype():
+    """Yields labels, logits of two passes, these logits in float64, and from them log p and log q where they count."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 13, (3, 5), generator=generator)
-    labels[0, 3:] = labels[2, 1:] = -100
+    labels[0, 3:] = labels[2, 1:] = -100  # eleven positions count
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         logits = torch.randn(6, 5, 13, generator=generator).mul(8).to(dtype)
         # Predictions at padding must have no effect.
         logits[0, 3:] = 1e4
         reference = logits.double().requires_grad_()
         p, q = (half.log_softmax(-1)[labels != -100] for half in reference.chunk(2))
+        yield labels, logits.requires_grad_(), reference, p, q
+
+
+def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypatch):
+    monkeypatch.setattr(two_passes, "CHUNK", 4)
+    for labels, logits, reference, p, q in passes_in_each_dtype():
+        dtype = logits.dtype
         both = F.kl_div(p, q, log_target=True, reduction="sum") + F.kl_div(q, p, log_target=True, reduction="sum")
-        divergence = symmetric_divergence(logits.requires_grad_(), labels)
+        divergence = symmetric_divergence(logits, labels)
         assert divergence.dtype == torch.promote_types(dtype, torch.float32)
         assert divergence.item() == pytest.approx(both.item() / 2, rel=1e-12 if dtype == torch.float64 else 1e-6)
         (3.0 * divergence).backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 from processes import forked_ranks
-from test_r_drop import assert_same_update, make_trainer
+from test_r_drop import assert_same_update, make_trainer, passes_in_each_dtype
 from torch.nn import functional as F
 
 from vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
@@ -26,17 +26,11 @@ def inputs(padded) -> dict[str, torch.Tensor]:
 
 
 def test_the_divergence_and_its_gradient_are_those_of_torch_in_float64(monkeypatch):
-    monkeypatch.setattr(two_passes, "CHUNK", 4)  # eleven positions count
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 13, (3, 5), generator=generator)
-    labels[0, 3:] = labels[2, 1:] = -100
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        logits = torch.randn(6, 5, 13, generator=generator).mul(8).to(dtype)
-        logits[0, 3:] = 1e4  # padding
-        reference = logits.double().requires_grad_()
-        p, q = (half.log_softmax(-1)[labels != -100] for half in reference.chunk(2))
+    monkeypatch.setattr(two_passes, "CHUNK", 4)
+    for labels, logits, reference, p, q in passes_in_each_dtype():
+        dtype = logits.dtype
         expected = F.kl_div(q, p, log_target=True, reduction="sum")  # torch's order: KL(P || Q)
-        found = divergence(logits.requires_grad_(), labels)
+        found = divergence(logits, labels)
         assert found.item() == pytest.approx(expected.item(), rel=1e-12 if dtype == torch.float64 else 1e-6)
         (3.0 * found).backward()
         (3.0 * expected).backward()

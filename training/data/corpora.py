@@ -95,6 +95,33 @@ def join_texts(texts: Sequence[Dataset]) -> Dataset:
     return concatenate_datasets([text.select_columns(columns) for text in texts])
 
 
+def tokenize_corpus(
+    corpus: Corpus, text: Dataset, report: FilterReport, tokenizer: PreTrainedTokenizerBase, keep_text: bool = False
+) -> tuple[Dataset, np.ndarray]:
+    """
+    Turns the text of one corpus into ids, and filters it by its lengths.
+
+    Args:
+        corpus: what the recipe says about it.
+        text: as load_pairs gives it.
+        report: of the filters so far.
+        tokenizer: the run's.
+        keep_text: whether the rows keep their text.
+
+    Returns:
+        The rows, and for each of them the index of its pair in `text`.
+
+    Raises:
+        DataError: no row is left. The message begins with the name of the corpus.
+    """
+    before = report.numbers
+    with naming(corpus):
+        rows = tokenize_pairs(text, tokenizer, corpus.data, "train", report, corpus, keep_text)
+    assert before is not None
+    assert report.numbers is not None
+    return rows, np.searchsorted(before, report.numbers)
+
+
 def tokenize_corpora(
     corpora: Sequence[Corpus],
     texts: Sequence[Dataset],
@@ -120,13 +147,9 @@ def tokenize_corpora(
     keep_text = any(corpus.transforms for corpus in corpora)
     parts, places, start = [], [], 0
     for number, (corpus, text, report) in enumerate(zip(corpora, texts, reports, strict=True)):
-        before = report.numbers
-        with naming(corpus):
-            rows = tokenize_pairs(text, tokenizer, corpus.data, "train", report, corpus, keep_text)
+        rows, numbers = tokenize_corpus(corpus, text, report, tokenizer, keep_text)
         of = Dataset.from_dict({"corpus": [number] * len(rows)}, features=Features({"corpus": Value("int32")}))
         parts.append(concatenate_datasets([rows, of], axis=1))
-        assert before is not None
-        assert report.numbers is not None
-        places.append(start + np.searchsorted(before, report.numbers))
+        places.append(start + numbers)
         start += len(text)
     return concatenate_datasets(parts), np.concatenate(places)

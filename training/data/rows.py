@@ -19,7 +19,15 @@ from ..settings.arguments import DataArguments, TokenizerArguments
 from ..settings.corpora import Corpus
 from ..settings.recipe import Recipe
 from .bpe_dropout import BpeDropout, BpeDropoutRows
-from .corpora import join_streams, join_texts, load_corpora, load_held_out, open_corpus, tokenize_corpora
+from .corpora import (
+    join_streams,
+    join_texts,
+    load_corpora,
+    load_held_out,
+    open_corpus,
+    tokenize_corpora,
+    tokenize_corpus,
+)
 from .epochs import EpochRows
 from .filters import FilterReport
 from .languages import (
@@ -63,11 +71,7 @@ def prepare_data(recipe: Recipe) -> tuple[DatasetDict, PreTrainedTokenizerBase, 
     if recipe.data.streaming:
         rows["train"] = streamed_batches(recipe, tokenizer)
     elif is_plain(recipe):
-        before = reports[0].numbers
-        rows["train"] = tokenize_pairs(pairs["train"], tokenizer, recipe.data, "train", reports[0])
-        assert before is not None
-        assert reports[0].numbers is not None
-        places = np.searchsorted(before, reports[0].numbers)
+        rows["train"], places = tokenize_corpus(corpora[0], pairs["train"], reports[0], tokenizer)
     else:
         rows["train"], places = tokenize_corpora(corpora, texts, reports, tokenizer)
     if "validation" not in pairs and args.eval_strategy != "no" and not recipe.data.streaming:
